@@ -1,0 +1,1 @@
+"""Entry points, one for each family of tables and figures: ``python -m experiments.catalogue``."""

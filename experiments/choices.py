@@ -1,0 +1,165 @@
+"""Names on the command line and what they stand for: models, norms, attacks, optimizers, schedules.
+
+These tables are the only place where a name becomes a part of the library.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+
+from robustjax import attacks, models, objectives, optim
+from robustjax.norms import L1, L2, LInf, Norm
+from robustjax.threat import ThreatModel
+
+NORMS: Mapping[str, Norm] = {"linf": LInf(), "l2": L2(), "l1": L1()}
+PRECISIONS: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class DataFacts(NamedTuple):
+    """What a dry run must know of a data set that need not be there: shape and sizes."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    train_size: int
+
+
+DATA_FACTS: Mapping[str, DataFacts] = {
+    "cifar10": DataFacts((32, 32, 3), 10, 50_000),
+    "cifar100": DataFacts((32, 32, 3), 100, 50_000),
+    "svhn_cropped": DataFacts((32, 32, 3), 10, 73_257),
+    "mnist": DataFacts((28, 28, 1), 10, 60_000),
+}
+
+
+def _residual(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def make(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+        size = {} if width is None else {"width": width}
+        return factory(num_classes=num_classes, norm=norm, dtype=dtype, **size)
+
+    return make
+
+
+def _wide(depth: int) -> Callable[..., nn.Module]:
+    def make(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+        return models.WideResNet(
+            depth=depth, widen_factor=width or 10, num_classes=num_classes, norm=norm, dtype=dtype
+        )
+
+    return make
+
+
+def _small_cnn(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    del norm  # has no normalisation layers
+    width = width or 16
+    return models.SmallCNN(num_classes=num_classes, channels=(width, 2 * width), dtype=dtype)
+
+
+def _mlp(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    del norm  # has no normalisation layers
+    return models.MLP(features=(width or 256,) * 2, num_classes=num_classes, dtype=dtype)
+
+
+def _linear(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    del width, norm, dtype  # one affine map, in float32
+    return models.Linear(num_classes=num_classes)
+
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "small_cnn": _small_cnn,
+    "resnet10": _residual(models.ResNet10),
+    "resnet18": _residual(models.ResNet18),
+    "resnet34": _residual(models.ResNet34),
+    "resnet50": _residual(models.ResNet50),
+    "preact_resnet18": _residual(models.PreActResNet18),
+    "wrn28": _wide(28),
+    "wrn34": _wide(34),
+}
+
+ATTACKS = ("fgsm", "fgsm_rs", "pgd")
+OBJECTIVES = ("standard", "madry", "trades")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "sign_gd")
+SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")
+
+
+def make_attack(
+    name: str, threat: ThreatModel, *, steps: int, step_size: float | None, start: str
+) -> attacks.Attack:
+    """An attack for training; ``steps`` and ``start`` matter to PGD alone."""
+    if name == "fgsm":
+        return attacks.fgsm(threat, step_size=step_size)
+    if name == "fgsm_rs":
+        return attacks.fgsm_rs(threat, step_size=step_size)
+    return attacks.pgd(threat, steps=steps, step_size=step_size, start=start)
+
+
+def make_objective(
+    name: str,
+    threat: ThreatModel,
+    attack: attacks.Attack,
+    *,
+    steps: int,
+    step_size: float | None,
+    beta: float,
+    attack_mode: str,
+) -> objectives.Objective:
+    """An objective; TRADES brings its own inner attack, with these steps, for the others' one."""
+    if name == "standard":
+        return objectives.standard()
+    if name == "madry":
+        return objectives.madry(attack, attack_mode=attack_mode)
+    options = {} if step_size is None else {"step_size": step_size}
+    inner = objectives.trades_attack(threat, steps=steps, **options)
+    return objectives.trades(inner, beta=beta, attack_mode=attack_mode)
+
+
+def make_schedule(
+    name: str,
+    *,
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    milestones: tuple[int, ...],
+    decay: float,
+) -> optax.Schedule:
+    """The learning rate at each step.
+
+    ``piecewise`` multiplies by ``decay`` at each of the milestones, in epochs; ``cosine`` falls to
+    0; ``cyclic`` rises linearly from 0 over the first 2/5 of the epochs and falls linearly to 0.
+    """
+    total = max(epochs * steps_per_epoch, 1)
+    if name == "piecewise":
+        return optax.piecewise_constant_schedule(
+            learning_rate, {epoch * steps_per_epoch: decay for epoch in milestones}
+        )
+    if name == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, total)
+    if name == "cyclic":
+        peak = max(2 * epochs // 5, 1) * steps_per_epoch
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, learning_rate, peak),
+                optax.linear_schedule(learning_rate, 0.0, max(total - peak, 1)),
+            ],
+            [peak],
+        )
+    return optax.constant_schedule(learning_rate)
+
+
+def make_optimizer(
+    name: str, schedule: optax.Schedule, *, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """An optimizer; weight decay is coupled (added to the gradient) but for ``adamw``."""
+    if name == "adamw":
+        return optax.adamw(schedule, weight_decay=weight_decay)
+    base = {
+        "sgd": lambda: optax.sgd(schedule, momentum=momentum or None),
+        "adam": lambda: optax.adam(schedule),
+        "rmsprop": lambda: optax.rmsprop(schedule),
+        "sign_gd": lambda: optim.sign_gd(schedule),
+    }[name]()
+    return optax.chain(optax.add_decayed_weights(weight_decay), base) if weight_decay else base

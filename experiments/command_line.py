@@ -1,0 +1,192 @@
+"""Settings as frozen dataclasses, presets as instances of them, and absl flags that override them.
+
+An entry point declares its settings once::
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        eps: float = setting(8 / 255, "radius of the threat model", "threat", unit="input units")
+
+    PRESETS = {"small": Settings(eps=0.2), "paper": Settings()}
+
+    if __name__ == "__main__":
+        command_line.run(main, Settings, PRESETS, __doc__)
+
+Every field is a flag, ``--help`` lists them by group with the value of each preset, and ``main``
+gets the settings of ``--preset`` with the flags that were given put over them.
+"""
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from absl import app, flags, logging
+
+
+def setting(
+    default: Any, help: str, group: str, *, unit: str = "", choices: Sequence[str] | None = None
+) -> Any:
+    """A field of a settings class: its default, what it is, and where ``--help`` lists it."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "group": group, "unit": unit, "choices": choices},
+    )
+
+
+def run(
+    main: Callable[[Any], None],
+    settings_class: type,
+    presets: Mapping[str, Any],
+    description: str | None,
+) -> None:
+    """Defines the flags, parses the command line and calls ``main(settings)``.
+
+    A ``ValueError`` ends the program with its sentence and status 1; ``--debug`` shows where it
+    came from.
+    """
+    values = flags.FlagValues()
+    _define(settings_class, presets, values)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        if any(word in ("--help", "-help", "-h", "--helpfull", "--helpshort") for word in argv):
+            print(help_text(settings_class, presets, description))
+            sys.exit(0)
+        try:
+            rest = values(argv, known_only=True)
+            # absl's own flags (logging) and, for what nobody knows, its suggestions.
+            rest = flags.FLAGS(rest)
+            if len(rest) > 1:
+                raise ValueError(f"arguments must be flags (--name=value), got {rest[1]!r}")
+        except (flags.Error, ValueError) as error:
+            sys.exit(f"error: {_with_known_names(str(error), values)}; see --help")
+        return rest
+
+    def call(argv: Sequence[str]) -> None:
+        del argv
+        # absl turns on the information messages of every library that logs through it.
+        logging.set_verbosity(logging.WARNING)
+        settings = presets[values.preset]
+        given = {
+            f.name: _as_field(values[f.name].value)
+            for f in dataclasses.fields(settings_class)
+            if values[f.name].present
+        }
+        try:
+            main(dataclasses.replace(settings, **given))
+        except ValueError as error:
+            if values.debug:
+                raise
+            sys.exit(f"error: {error}")
+
+    app.run(call, flags_parser=parse)
+
+
+def help_text(settings_class: type, presets: Mapping[str, Any], description: str | None) -> str:
+    """The text of ``--help``: flags by group, with units, choices and the value of each preset."""
+    lines = [(description or "").strip(), "", "Flags; [in brackets: " + " | ".join(presets) + "]"]
+    lines += ["", "run", f"  --preset: one of {', '.join(presets)} [{next(iter(presets))}]"]
+    lines += ["  --debug: show the full traceback of an error [False]"]
+    groups: dict[str, list[str]] = {"run": lines}
+    for field in dataclasses.fields(settings_class):
+        data = field.metadata
+        fractions = data["unit"] == "input units"
+        known = [_shown(getattr(preset, field.name), fractions) for preset in presets.values()]
+        values = known[0] if len(set(known)) == 1 else " | ".join(known)
+        text = f"  --{field.name}: {data['help']}"
+        if data["unit"]:
+            text += f", in {data['unit']}"
+        if data["choices"]:
+            text += f"; one of {', '.join(data['choices'])}"
+        groups.setdefault(data["group"], ["", data["group"]]).append(f"{text} [{values}]")
+    return "\n".join(line for group in groups.values() for line in group)
+
+
+def _define(settings_class: type, presets: Mapping[str, Any], values: flags.FlagValues) -> None:
+    flags.DEFINE_enum("preset", next(iter(presets)), list(presets), "", flag_values=values)
+    flags.DEFINE_boolean("debug", False, "", flag_values=values)
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        kind, choices = _bare(hints[field.name]), field.metadata["choices"]
+        name, text = field.name, field.metadata["help"]
+        if kind is bool:
+            flags.DEFINE_boolean(name, None, text, flag_values=values)
+        elif kind is int:
+            flags.DEFINE_integer(name, None, text, flag_values=values)
+        elif kind is float:
+            flags.DEFINE(_NumberParser(), name, None, text, flag_values=values)
+        elif kind is tuple:
+            flags.DEFINE(_ListParser(choices), name, None, text, flag_values=values)
+        elif choices:
+            flags.DEFINE_enum(name, None, list(choices), text, flag_values=values)
+        else:
+            flags.DEFINE_string(name, None, text, flag_values=values)
+
+
+class _NumberParser(flags.ArgumentParser):
+    """Decimal numbers and fractions, as ``8/255``."""
+
+    def parse(self, argument: str) -> float:
+        try:
+            return float(Fraction(argument)) if "/" in str(argument) else float(argument)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"must be a number or a fraction, got {argument!r}") from error
+
+    def flag_type(self) -> str:
+        return "float"
+
+
+class _ListParser(flags.ArgumentParser):
+    """Comma-separated names, or whole numbers where there are no choices."""
+
+    def __init__(self, choices: Sequence[str] | None):
+        self._choices = choices
+
+    def parse(self, argument: Any) -> tuple:
+        words = argument.split(",") if isinstance(argument, str) else argument
+        words = [word.strip() for word in words if str(word).strip()]
+        if not self._choices:
+            return tuple(int(word) for word in words)
+        for word in words:
+            if word not in self._choices:
+                raise ValueError(f"must be of {', '.join(self._choices)}, got {word!r}")
+        if not words:
+            raise ValueError(f"must name at least one of {', '.join(self._choices)}")
+        return tuple(words)
+
+    def flag_type(self) -> str:
+        return "list"
+
+
+def _bare(hint: Any) -> type:
+    """``int`` of ``int | None``, ``tuple`` of ``tuple[str, ...]``."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _as_field(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any, fractions: bool) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        pixels = value * 255
+        whole = abs(pixels - round(pixels)) < 1e-9
+        return f"{round(pixels)}/255" if fractions and value and whole else f"{value:g}"
+    return str(value)
+
+
+def _with_known_names(message: str, values: flags.FlagValues) -> str:
+    """Suggestions for a misspelt flag: those of absl come from its own table, which lacks ours."""
+    if "Unknown command line flag" not in message:
+        return message
+    import difflib
+
+    word = message.split("'")[1]
+    close = difflib.get_close_matches(word, list(values), n=3)
+    return f"unknown flag --{word}" + (f", did you mean --{', --'.join(close)}?" if close else "")

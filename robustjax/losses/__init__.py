@@ -1,0 +1,20 @@
+"""Per-example losses of logits: ``loss(logits (n, K), y) -> (n,)``.
+
+An attack maximises these, training minimises their mean.
+
+- ``classification``: ``cross_entropy``, ``kl_divergence``
+- ``margins``: ``margin``, ``cw``, ``cw_targeted``, ``dlr``, ``dlr_targeted``
+"""
+
+from robustjax.losses.classification import cross_entropy, kl_divergence
+from robustjax.losses.margins import cw, cw_targeted, dlr, dlr_targeted, margin
+
+__all__ = [
+    "cross_entropy",
+    "cw",
+    "cw_targeted",
+    "dlr",
+    "dlr_targeted",
+    "kl_divergence",
+    "margin",
+]

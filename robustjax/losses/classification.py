@@ -1,0 +1,44 @@
+"""Losses of logits and labels, one per example. An attack maximises them; training minimises."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from robustjax import checks
+
+
+def cross_entropy(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Softmax cross-entropy ``-z_y + logsumexp(z)`` in nats, computed in float32.
+
+    Args:
+      logits: scores ``(n, K)``; ``K >= 2``.
+      y: labels ``(n,)`` in ``0 .. K-1``.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    checks.logits_and_labels(logits, y)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y)
+
+
+def kl_divergence(
+    logits: Float[Array, "n k"], reference: Float[Array, "n k"]
+) -> Float[Array, " n"]:
+    """``KL(softmax(reference) || softmax(logits))`` in nats, computed in float32.
+
+    The order of the arguments is that of a loss, prediction first and target second, so this is
+    what an attack maximises when its ``y`` are the clean logits (TRADES). Swap the arguments for
+    the other direction. Zero where the two differ by a constant; never negative up to rounding.
+
+    Args:
+      logits: scores ``(n, K)`` of the distribution that is judged.
+      reference: scores ``(n, K)`` of the distribution under which the mean is taken.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    checks.same_shape("reference", reference, "logits", logits)
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_p = jax.nn.log_softmax(reference.astype(jnp.float32))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

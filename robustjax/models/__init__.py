@@ -1,0 +1,72 @@
+"""Models: Flax Linen modules ``(x, *, train) -> logits``, and adapters for models of any kind.
+
+- ``adapters``: ``from_linen``, ``from_nnx``, ``from_function`` make a ``Model(init, apply)``;
+  ``eval_logits`` closes it over parameters for an attack
+- ``small``: ``Linear``, ``MLP``, ``SmallCNN``
+- ``resnet``: ``ResNet`` and ``ResNet10``, ``18``, ``34``, ``50``; ``PreActResNet`` and
+  ``PreActResNet18``
+- ``wide_resnet``: ``WideResNet``
+- ``layers``: ``Normalize``, ``Conv``, ``feature_norm``, ``classify``; ``he_fan_out``,
+  ``he_fan_in``, ``torch_default``
+- ``convolution``: ``canonical_conv``, whose derivatives are fast inside loops on CPU
+"""
+
+from robustjax.models.adapters import (
+    LogitsFn,
+    Model,
+    ModelFn,
+    eval_logits,
+    from_function,
+    from_linen,
+    from_nnx,
+)
+from robustjax.models.convolution import canonical_conv
+from robustjax.models.layers import (
+    Conv,
+    Normalize,
+    classify,
+    feature_norm,
+    he_fan_in,
+    he_fan_out,
+    torch_default,
+)
+from robustjax.models.resnet import (
+    PreActResNet,
+    PreActResNet18,
+    ResNet,
+    ResNet10,
+    ResNet18,
+    ResNet34,
+    ResNet50,
+)
+from robustjax.models.small import MLP, Linear, SmallCNN
+from robustjax.models.wide_resnet import WideResNet
+
+__all__ = [
+    "MLP",
+    "Conv",
+    "Linear",
+    "LogitsFn",
+    "Model",
+    "ModelFn",
+    "Normalize",
+    "PreActResNet",
+    "PreActResNet18",
+    "ResNet",
+    "ResNet10",
+    "ResNet18",
+    "ResNet34",
+    "ResNet50",
+    "SmallCNN",
+    "WideResNet",
+    "canonical_conv",
+    "classify",
+    "eval_logits",
+    "feature_norm",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "he_fan_in",
+    "he_fan_out",
+    "torch_default",
+]

@@ -1,0 +1,36 @@
+"""Training: state, step, loop, devices, checkpoints, reports.
+
+- ``state``: ``TrainState``, ``create_state``, ``parameter_count``
+- ``step``: ``train_step``; ``several_steps``, ``several_resident_steps`` (many in one dispatch)
+- ``parallel``: ``device_mesh``, ``parallel``, ``replicate``, ``split``, ...
+- ``evaluate``: ``make_evaluator``, ``adversarial_panel``
+- ``checkpoint``: ``open_checkpoints``, ``save``, ``restore``
+- ``loop``: ``fit``, ``steps_per_dispatch``
+- ``report``, ``figures``: run folders, metrics, tables, progress, pictures
+- ``flops``: ``count_flops``
+"""
+
+from robustjax.training import checkpoint, figures, parallel, report
+from robustjax.training.evaluate import adversarial_panel, make_evaluator
+from robustjax.training.flops import count_flops
+from robustjax.training.loop import fit, steps_per_dispatch
+from robustjax.training.state import TrainState, create_state, parameter_count
+from robustjax.training.step import several_resident_steps, several_steps, train_step
+
+__all__ = [
+    "TrainState",
+    "adversarial_panel",
+    "checkpoint",
+    "count_flops",
+    "create_state",
+    "figures",
+    "fit",
+    "make_evaluator",
+    "parallel",
+    "parameter_count",
+    "report",
+    "several_resident_steps",
+    "several_steps",
+    "steps_per_dispatch",
+    "train_step",
+]

@@ -1,0 +1,94 @@
+"""How data reach the training step: held on the devices, or streamed from the host.
+
+Both give ``advance(state, epoch, first, count) -> (state, metrics)`` for ``robustjax.training.fit``
+and make one global batch of a step the same whatever the number of devices and hosts.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from robustjax import data
+from robustjax.training import parallel
+from robustjax.training.loop import Advance
+from robustjax.training.step import Step, several_resident_steps, several_steps
+
+
+def resident(
+    step: Step, dataset: data.Dataset, *, key: jax.Array, batch_size: int, mesh: Mesh
+) -> Advance:
+    """Trains on a data set that every device holds whole; batches are gathered under ``jit``.
+
+    Args:
+      step: training step built with ``axis_name=parallel.AXIS``.
+      dataset: the training set, in its stored dtype (uint8 takes a quarter of float32's memory).
+      key: typed key of the order; epoch ``e`` is shuffled with ``fold_in(key, e)``.
+      batch_size: examples of a global batch; the rest of an epoch is dropped.
+      mesh: devices.
+
+    Raises:
+      ValueError: the batch does not divide over the devices or exceeds the data set.
+    """
+    parallel.local_batch_size(batch_size, mesh)
+    arrays = parallel.replicate({"image": dataset.image, "label": dataset.label}, mesh)
+    steps = parallel.parallel(
+        several_resident_steps(step, data.take),
+        mesh,
+        in_specs=(parallel.REPLICATED, parallel.REPLICATED, parallel.SPLIT_SECOND),
+        out_specs=(parallel.REPLICATED, parallel.REPLICATED),
+        donate_argnums=0,
+    )
+    columns = parallel.own_rows(batch_size, mesh)
+    epochs: dict[int, np.ndarray] = {}
+
+    def advance(state, epoch: int, first: int, count: int):
+        if epoch not in epochs:
+            epochs.clear()
+            order = data.epoch_batches(key, epoch, len(dataset.label), batch_size)
+            epochs[epoch] = np.asarray(order)
+        rows = epochs[epoch][first : first + count, columns]
+        return steps(state, arrays, parallel.split(rows, mesh, parallel.SPLIT_SECOND))
+
+    advance.compiled = steps
+    return advance
+
+
+def streamed(
+    step: Step,
+    batches_from: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    *,
+    steps_per_epoch: int,
+    mesh: Mesh,
+) -> Advance:
+    """Trains on batches that the host reads, several of them per dispatch.
+
+    Args:
+      step: training step built with ``axis_name=parallel.AXIS``.
+      batches_from: ``batches_from(step)`` iterates over this host's shares of the global batches
+        from a step on, as ``robustjax.data.host_batches`` does with ``start_step``.
+      steps_per_epoch: to count steps over the run.
+      mesh: devices.
+    """
+    steps = parallel.parallel(
+        several_steps(step),
+        mesh,
+        in_specs=(parallel.REPLICATED, parallel.SPLIT_SECOND),
+        out_specs=(parallel.REPLICATED, parallel.REPLICATED),
+        donate_argnums=0,
+    )
+    stream: dict[str, Any] = {"at": None, "batches": None}
+
+    def advance(state, epoch: int, first: int, count: int):
+        at = epoch * steps_per_epoch + first
+        if stream["at"] != at:
+            stream["batches"] = batches_from(at)
+        stream["at"] = at + count
+        share = [next(stream["batches"]) for _ in range(count)]
+        stacked = jax.tree.map(lambda *x: np.stack(x), *share)
+        return steps(state, parallel.split(stacked, mesh, parallel.SPLIT_SECOND))
+
+    advance.compiled = steps
+    return advance

@@ -1,0 +1,234 @@
+"""What a run leaves behind: its folder, metrics as JSONL and TensorBoard events, results, tables.
+
+Only the first process of a multi-host run writes.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+
+
+def is_writer() -> bool:
+    """True on the process that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON in one step: an interrupted write leaves the old file as it was."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_plain(value), indent=2) + "\n")
+    partial.replace(path)
+
+
+def open_workdir(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    resume: bool,
+    may_change: Sequence[str] = (),
+) -> Path:
+    """Makes or re-enters a run's folder and keeps its configuration in ``config.json``.
+
+    Args:
+      workdir: the folder.
+      config: the run's settings, JSON values.
+      resume: go on with the run that is there; start it if there is none.
+      may_change: settings that may differ from those that the run was started with.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: the folder cannot be written, holds something that is no run of ours, holds a run
+        and ``resume`` is off, or its run has other settings.
+    """
+    workdir = Path(workdir)
+    config = _plain(dict(config))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"workdir {workdir} cannot be written: {error}") from error
+    path = workdir / CONFIG
+    if not path.exists():
+        others = sorted(p.name for p in workdir.iterdir() if not p.name.endswith(".partial"))
+        if others:
+            raise ValueError(
+                f"workdir {workdir} must be empty or hold a run ({CONFIG}), "
+                f"got a folder with {others[0]!r} and no {CONFIG}"
+            )
+    elif not resume:
+        raise ValueError(
+            f"workdir {workdir} already holds a run: pass --resume to go on with it, "
+            "or another workdir"
+        )
+    else:
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        for name in sorted({*old, *config} - {*may_change}):
+            if old.get(name) != config.get(name):
+                raise ValueError(
+                    f"workdir {workdir} holds a run with {name}={old.get(name)!r}, "
+                    f"got {name}={config.get(name)!r}"
+                )
+    if is_writer():
+        write_json(path, config)
+    return workdir
+
+
+class MetricsWriter:
+    """Appends scalars to ``metrics.jsonl`` and to TensorBoard events; a context manager.
+
+    Args:
+      workdir: the run's folder.
+      from_step: the step that the run starts from. Lines of later steps, left by a run that was
+        interrupted after its last checkpoint, are dropped: they are about to be made again.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, from_step: int = 0):
+        self._lines = None
+        if not is_writer():
+            return
+        path = Path(workdir) / METRICS
+        kept = [r for r in read_metrics(workdir) if r["step"] <= from_step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
+        self._lines = path.open("a")
+        self._events = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=from_step + 1, flush_secs=30
+        )
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """One record: ``{"step": ..., "split": ..., name: value, ...}``.
+
+        A value that is not finite is written as the string that names it: JSON has no NaN.
+        """
+        if self._lines is None:
+            return
+        self._lines.write(json.dumps({"step": step, "split": split, **_plain(values)}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", float(value), step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``, oldest first, without a last line that a crash cut off."""
+    path = Path(workdir) / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number != len(lines):
+                raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
+    return records
+
+
+class Progress:
+    """Progress with time left: one line in place on a terminal, else a plain line per report.
+
+    Args:
+      total: steps of the run.
+      start: steps done before.
+      label: what runs.
+    """
+
+    def __init__(self, total: int, *, start: int = 0, label: str = "train"):
+        self._total, self._start, self._label = total, start, label
+        self._began = time.monotonic()
+        self._console = Console(quiet=not is_writer(), highlight=False)
+
+    def __call__(self, step: int, values: Mapping[str, float], *, keep: bool = False) -> None:
+        """Shows the step reached, the values and the time left.
+
+        Args:
+          step: steps done.
+          values: name to number.
+          keep: leave the line standing; without it, only a terminal shows it.
+        """
+        if not (keep or self._console.is_terminal):
+            return
+        done, elapsed = step - self._start, time.monotonic() - self._began
+        left = elapsed / done * (self._total - step) if done else math.nan
+        text = f"{self._label} {step}/{self._total}" + "".join(
+            f"  {name} {value:.4g}" for name, value in values.items()
+        )
+        text += f"  {_clock(elapsed)}<{_clock(left)}"
+        if self._console.is_terminal:
+            self._console.print("\r" + text, end="\n" if keep else "", soft_wrap=True)
+        else:
+            self._console.print(text, soft_wrap=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table; the first column on the left, numbers on the right."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(quiet=not is_writer()).print(table)
+
+
+def print_lines(*lines: str) -> None:
+    """Prints plain lines, on the writing process alone."""
+    for line in lines:
+        Console(quiet=not is_writer(), highlight=False).print(line, soft_wrap=True)
+
+
+def percent(accuracy: float) -> str:
+    """A share as per cent with two decimals."""
+    return f"{100 * accuracy:.2f} %"
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values from numpy ones, paths and tuples; numbers that are not finite as strings."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,113 @@
+"""One training step, and several of them in one dispatch.
+
+``step(state, batch) -> (state, metrics)`` holds augmentation, attack, gradient and update. It is
+a pure function of one device's share of the batch. With ``axis_name`` it takes the means over the
+devices of gradients, statistics and metrics in one all-reduce; map it with
+``robustjax.training.parallel`` or with ``jax.pmap(step, axis_name=...)``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from robustjax import keys
+from robustjax.gradients import Oracle, plain
+from robustjax.objectives import ModelFn, Objective
+from robustjax.training.state import TrainState
+
+Batch = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def train_step(
+    model_fn: ModelFn,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    oracle: Oracle | None = None,
+    augment: Callable[[Array, Array], Array] | None = None,
+    axis_name: str | None = None,
+) -> Step:
+    """Builds the training step from its parts.
+
+    Args:
+      model_fn: ``model_fn(params, model_state, x, train, key) -> (logits, model_state)``.
+      objective: ``objective(model_fn) -> loss_fn``.
+      optimizer: optax transform; it is given ``value``, the mean loss, as an extra argument.
+      oracle: gradient oracle; default ``plain()``.
+      augment: ``augment(keys (n,), images) -> images``, before the attack.
+      axis_name: the mapped axis over which the batch is split, if any.
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``. A batch is ``{"image": (n, ...), "label": (n,),
+      "index": (n,)}``, to which the step adds its number, ``"step"``. Each example's randomness
+      comes from its index, so that the step does not depend on how the batch is split. Metrics are
+      float32 scalars: the means of those of the objective, and ``grad_norm``, the l_2 norm of the
+      gradient.
+    """
+    oracle = plain() if oracle is None else oracle
+    grad_fn = oracle.oracle(objective(model_fn))
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        augment_key, loss_key = jax.random.split(key)
+        batch = {**batch, "step": state.step}
+        if augment is not None:
+            example_keys = keys.per_example(augment_key, batch["index"])
+            batch = {**batch, "image": augment(example_keys, batch["image"])}
+        grads, (model_state, oracle_state, metrics) = grad_fn(
+            state.params, state.model_state, state.oracle_state, loss_key, batch
+        )
+        metrics = jax.tree.map(lambda m: jnp.mean(m, dtype=jnp.float32), metrics)
+        if axis_name is not None:
+            # One call, so one all-reduce: replicas stay equal, statistics included.
+            grads, model_state, oracle_state, metrics = jax.lax.pmean(
+                (grads, model_state, oracle_state, metrics), axis_name
+            )
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=metrics.get("loss")
+        )
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+            oracle_state=oracle_state,
+            key=state.key,
+        )
+        return new_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+    return step
+
+
+def several_steps(step: Step) -> Step:
+    """``step`` over batches stacked on a leading axis ``(k, n, ...)``; metrics come as ``(k,)``."""
+
+    def steps(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return jax.lax.scan(step, state, batches)
+
+    return steps
+
+
+def several_resident_steps(
+    step: Step, take: Callable[[Any, Int[Array, " n"]], Batch]
+) -> Callable[[TrainState, Any, Int[Array, "k n"]], tuple[TrainState, dict[str, Array]]]:
+    """``step`` over batches gathered on the device from a data set that is held there.
+
+    Args:
+      step: one training step.
+      take: ``take(data, indices (n,)) -> batch``, e.g. ``robustjax.data.take``.
+
+    Returns:
+      ``steps(state, data, indices (k, n)) -> (state, metrics)`` with metrics ``(k,)``.
+    """
+
+    def steps(state: TrainState, data: Any, indices: Int[Array, "k n"]):
+        return jax.lax.scan(lambda state, row: step(state, take(data, row)), state, indices)
+
+    return steps

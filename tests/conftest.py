@@ -1,0 +1,22 @@
+"""The suite runs on eight simulated CPU devices and checks every annotated shape at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from jaxtyping import config, install_import_hook
+
+install_import_hook("robustjax", "typechecker.check")
+
+import pytest
+
+
+@pytest.fixture
+def plain_calls():
+    """Calls without the run-time type checker, as users make them: our own errors show."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
