@@ -7,17 +7,29 @@ at; they pass, and only their shape and dtype are checked. Checks that must look
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def is_traced(value: Any) -> bool:
     """True if the value is a JAX tracer, whose numbers are unknown until it runs."""
     return isinstance(value, jax.core.Tracer)
+
+
+def is_known(value: Any) -> bool:
+    """True if the numbers of the array can be looked at here: not traced, all on this host."""
+    return not is_traced(value) and getattr(value, "is_fully_addressable", True)
+
+
+def shown(value: Any) -> str:
+    """The value as it is in a message: on one line and short."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:60]} ... of type {type(value).__name__}"
 
 
 def number(
@@ -35,9 +47,9 @@ def number(
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a number, got {value!r}") from error
+        raise ValueError(f"{name} must be a number, got {shown(value)}") from error
     if isinstance(value, (bool, str)) or value is None or np.isnan(array).any():
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {shown(value)}")
     bounds = (
         (at_least, ">=", lambda a, b: a >= b),
         (above, ">", lambda a, b: a > b),
@@ -45,17 +57,19 @@ def number(
         (below, "<", lambda a, b: a < b),
     )
     for bound, symbol, holds in bounds:
-        if bound is not None and not holds(array, bound).all():
-            raise ValueError(f"{name} must be {symbol} {bound:g}, got {value}")
+        if bound is not None and not (good := holds(array, bound)).all():
+            came = array[~good][0] if array.ndim else value
+            raise ValueError(f"{name} must be {symbol} {bound:g}, got {came}")
     if at_most is None and below is None and not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {value}")
+        came = array[~np.isfinite(array)][0] if array.ndim else value
+        raise ValueError(f"{name} must be finite, got {came}")
     return value
 
 
 def integer(name: str, value: Any, *, at_least: int = 0, at_most: int | None = None) -> int:
     """A Python integer in ``[at_least, at_most]``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        raise ValueError(f"{name} must be an integer, got {shown(value)}")
     if value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")
     if at_most is not None and value > at_most:
@@ -66,14 +80,51 @@ def integer(name: str, value: Any, *, at_least: int = 0, at_most: int | None = N
 def choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """One of a fixed set of values; the error names them all."""
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, Hashable) or value not in choices:
         listed = ", ".join(repr(c) for c in choices)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        raise ValueError(f"{name} must be one of {listed}, got {shown(value)}")
     return value
+
+
+def function(name: str, value: Any) -> Callable:
+    """Something to call, where a name is easily given instead."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, got {shown(value)}")
+    return value
+
+
+def transform(name: str, value: Any) -> optax.GradientTransformation:
+    """An optax transform."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise ValueError(f"{name} must be an optax gradient transform, got {shown(value)}")
+    return value
+
+
+def array(name: str, value: Any) -> Any:
+    """An array of JAX or NumPy, traced or not."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        raise ValueError(f"{name} must be an array, got {shown(value)}")
+    return value
+
+
+def per_example(name: str, value: Any, n: int) -> Any:
+    """An array ``(n,)``, one entry per example."""
+    if array(name, value).shape != (n,):
+        raise ValueError(f"{name} must have one entry per example, ({n},), got {value.shape}")
+    return value
+
+
+def fields(name: str, value: Any, names: Iterable[str]) -> None:
+    """A mapping that holds at least these names."""
+    names = tuple(names)
+    if not isinstance(value, Mapping) or not set(names) <= set(value):
+        came = ", ".join(map(str, value)) if isinstance(value, Mapping) else shown(value)
+        raise ValueError(f"{name} must hold {', '.join(names)}, got {came or 'nothing'}")
 
 
 def same_shape(name: str, value: Any, other_name: str, other: Any) -> None:
     """Two arrays of one shape."""
+    array(name, value), array(other_name, other)
     if jnp.shape(value) != jnp.shape(other):
         raise ValueError(
             f"{name} must have the shape of {other_name}, {jnp.shape(other)}, "
@@ -81,38 +132,46 @@ def same_shape(name: str, value: Any, other_name: str, other: Any) -> None:
         )
 
 
-def batch(x: Any, y: Any) -> None:
+def batch(x: Any, y: Any, *, x_name: str = "x", y_name: str = "y") -> None:
     """Inputs ``(n, ...)``, ``n >= 1``, with integer labels ``(n,)`` or target scores ``(n, K)``."""
-    if jnp.ndim(x) < 2 or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    array(x_name, x), array(y_name, y)
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"x must be a batch of floating-point inputs (n, ...), "
-            f"got {jnp.result_type(x)}{jnp.shape(x)}"
+            f"{x_name} must be a batch of floating-point inputs (n, ...), got {x.dtype}{x.shape}"
         )
-    if jnp.shape(x)[0] == 0:
-        raise ValueError(f"x must hold at least one example, got shape {jnp.shape(x)}")
-    if jnp.ndim(y) == 0 or jnp.shape(y)[0] != jnp.shape(x)[0]:
+    if x.shape[0] == 0:
+        raise ValueError(f"{x_name} must hold at least one example, got shape {x.shape}")
+    if y.ndim == 0 or y.shape[0] != x.shape[0]:
         raise ValueError(
-            f"y must have one entry per example, {jnp.shape(x)[0]}, got shape {jnp.shape(y)}"
+            f"{y_name} must have one entry per example, {x.shape[0]}, got shape {y.shape}"
         )
-    if jnp.ndim(y) == 1 and not jnp.issubdtype(jnp.result_type(y), jnp.integer):
-        raise ValueError(f"y must be integer labels (n,), got {jnp.result_type(y)}")
+    if y.ndim == 1 and not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{y_name} must be integer labels (n,), got {y.dtype}")
 
 
-def logits_and_labels(logits: Any, y: Any, *, min_classes: int = 2) -> None:
-    """Scores ``(n, K)`` with ``K >= min_classes`` and integer labels ``(n,)``."""
-    if jnp.ndim(logits) != 2:
-        raise ValueError(f"logits must have shape (n, K), got {jnp.shape(logits)}")
-    if jnp.shape(logits)[1] < min_classes:
+def logits_and_labels(logits: Any, y: Any, *, min_classes: int = 2, name: str = "y") -> None:
+    """Scores ``(n, K)`` with ``K >= min_classes`` and integer labels ``(n,)`` in ``0 .. K-1``.
+
+    ``name`` is that of the labels. Their values are looked at unless they are traced.
+    """
+    array("logits", logits), array(name, y)
+    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
-            f"logits must have at least {min_classes} classes, got K = {jnp.shape(logits)[1]}"
+            f"logits must be floating-point of shape (n, K), got {logits.dtype}{logits.shape}"
         )
-    if jnp.shape(y) != jnp.shape(logits)[:1]:
+    if logits.shape[1] < min_classes:
         raise ValueError(
-            f"y must have shape ({jnp.shape(logits)[0]},), one label per row of the logits, "
-            f"got {jnp.shape(y)}"
+            f"logits must have at least {min_classes} classes, got K = {logits.shape[1]}"
         )
-    if not jnp.issubdtype(jnp.result_type(y), jnp.integer):
-        raise ValueError(f"y must be integer labels, got {jnp.result_type(y)}")
+    if y.shape != logits.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({logits.shape[0]},), one label per row of the logits, "
+            f"got {y.shape}"
+        )
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integer labels, got {y.dtype}")
+    if is_known(y):
+        labels(name, y, num_classes=logits.shape[1])
 
 
 def images(name: str, x: Any, *, lower: float = 0.0, upper: float = 1.0) -> None:
@@ -122,12 +181,20 @@ def images(name: str, x: Any, *, lower: float = 0.0, upper: float = 1.0) -> None
         raise ValueError(f"{name} must have shape (n, h, w, c), got {x.shape}")
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{name} must be floating-point in [{lower:g}, {upper:g}], got {x.dtype}")
+    in_box(name, x, lower=lower, upper=upper)
+
+
+def in_box(name: str, x: Any, *, lower: Any, upper: Any) -> None:
+    """Concrete inputs ``(n, ...)``, finite and within ``[lower, upper]``, numbers or arrays."""
+    x = np.asarray(x)
     if not np.isfinite(x).all():
         bad = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in example {bad}")
-    if x.size and (x.min() < lower or x.max() > upper):
+    lower, upper = np.asarray(lower, x.dtype), np.asarray(upper, x.dtype)
+    if (x < lower).any() or (x > upper).any():
         raise ValueError(
-            f"{name} must lie in [{lower:g}, {upper:g}], got values from {x.min():g} to {x.max():g}"
+            f"{name} must lie in [{lower.min():g}, {upper.max():g}], "
+            f"got values from {x.min():g} to {x.max():g}"
         )
 
 

@@ -36,13 +36,18 @@ def peak(v: Any) -> Float[Array, ""]:
     """``max |v_i|``, 0 for no coordinates."""
     result = jnp.zeros((), wide(dtype(v)))
     for leaf in jax.tree.leaves(v):
-        result = jnp.maximum(result, jnp.max(jnp.abs(leaf), initial=0).astype(result.dtype))
+        result = jnp.maximum(result, jnp.max(magnitude(leaf), initial=0).astype(result.dtype))
     return result
 
 
 def scale(v: Any, factor: Float[Array, ""]) -> Any:
     """``factor * v`` in the dtypes of ``v``."""
     return jax.tree.map(lambda leaf: (leaf.astype(factor.dtype) * factor).astype(leaf.dtype), v)
+
+
+def magnitude(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``|x|`` with derivative 0 at 0, where that of ``jnp.abs`` is 1."""
+    return jnp.sign(x) * x
 
 
 def power(x: Float[Array, "..."], exponent: float) -> Float[Array, "..."]:
@@ -252,22 +257,25 @@ def _root(fn: Callable, lower: Array, upper: Array, *args: Any) -> Float[Array, 
     value of ``fn``: this is the implicit function theorem.
     """
     lower, upper, fixed = jax.lax.stop_gradient((lower, upper, args))
-
-    def value_and_slope(x):
-        return jax.jvp(lambda x: fn(x, *fixed), (x,), (jnp.ones_like(x),))
+    scale = upper - lower
 
     def unsettled(state):
-        count, x, previous, _, _ = state
-        return (count < 40) & (jnp.abs(x - previous) > 4 * jnp.finfo(x.dtype).eps * jnp.abs(x))
+        count, x, previous, *_ = state
+        size = jnp.maximum(jnp.abs(x), 1e-3 * scale)
+        return (count < 40) & (jnp.abs(x - previous) > 4 * jnp.finfo(x.dtype).eps * size)
 
     def step(state):
-        count, x, _, lower, upper = state
-        value, slope = value_and_slope(x)
+        count, x, _, lower, upper, _ = state
+        value, slope = jax.jvp(lambda x: fn(x, *fixed), (x,), (jnp.ones_like(x),))
         lower, upper = jnp.where(value < 0, x, lower), jnp.where(value < 0, upper, x)
         new = x - value / slope
         new = jnp.where((new > lower) & (new < upper), new, (lower + upper) / 2)
-        return count + 1, new, x, lower, upper
+        return count + 1, new, x, lower, upper, slope
 
-    _, x, _, _, _ = jax.lax.while_loop(unsettled, step, (0, upper, lower, lower, upper))
-    _, slope = value_and_slope(x)
-    return x - fn(x, *args) / slope
+    start = (0, upper, jnp.full_like(upper, jnp.inf), lower, upper, jnp.ones_like(upper))
+    _, x, _, lower, upper, slope = jax.lax.while_loop(unsettled, step, start)
+    value = fn(x, *args)
+    last = jax.lax.stop_gradient(x - value / slope)
+    # Where rounding alone would carry the step out of the bracket, it has only a derivative.
+    kept = jnp.where((last >= lower) & (last <= upper), last, x)
+    return kept - (value - jax.lax.stop_gradient(value)) / slope

@@ -206,7 +206,7 @@ class L1(Norm):
         return LInf()
 
     def value(self, v: Vector, batch_ndim: int = 0) -> Float[Array, "..."]:
-        return _batched(lambda v: lp.total(jnp.abs, v).astype(lp.dtype(v)), batch_ndim, v)
+        return _batched(lambda v: lp.total(lp.magnitude, v).astype(lp.dtype(v)), batch_ndim, v)
 
     def steepest(self, g: Vector, batch_ndim: int = 0) -> Vector:
         return _batched(_raveled(lp.first_peak), batch_ndim, g)

@@ -161,7 +161,7 @@ class NoTrain(nn.Module):
 
 
 def test_bad_calls_are_refused(plain_calls):
-    with pytest.raises(ValueError, match="module must have an argument train .*NoTrain has x"):
+    with pytest.raises(ValueError, match=r"module must have an argument train .*NoTrain has x"):
         models.from_linen(NoTrain())
     with pytest.raises(ValueError, match="init must be given"):
         models.from_function(linear).init(KEY, X)

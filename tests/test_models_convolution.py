@@ -34,6 +34,15 @@ def assert_trees_equal(ours, plain, tolerance=1e-10):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+def both(fn, *args):
+    """``fn(conv, *args)`` with our convolution and with JAX's, compiled as one program."""
+    return jax.jit(lambda *args: (fn(our_conv, *args), fn(plain_conv, *args)))(*args)
+
+
+def layer(conv, x, w):
+    return jnp.sum(jnp.tanh(conv(x, w[0], (2, 1), ((1, 0), (0, 2)))) ** 2)
+
+
 def network(conv, x, w):
     """A scalar with curvature, of a strided convolution and one that keeps the size."""
     y = jnp.tanh(conv(x, w[0], (2, 1), ((1, 0), (0, 2))))
@@ -63,8 +72,7 @@ def test_values_and_gradients_are_those_of_autodiff(kernel, stride):
 
     with jax.enable_x64(True):
         x, w = jnp.asarray(normal(2, 5, 8, 3)), jnp.asarray(normal(kernel, kernel, 3, 4))
-        ours = jax.jit(partial(values_and_gradients, our_conv))(x, w)
-        plain = jax.jit(partial(values_and_gradients, plain_conv))(x, w)
+        ours, plain = both(values_and_gradients, x, w)
     assert_trees_equal(ours, plain)
 
 
@@ -82,7 +90,7 @@ def test_rectangular_kernels_and_strides(kernel, strides, padding):
 
     with jax.enable_x64(True):
         x, w = jnp.asarray(normal(3, 8, 7, 2)), jnp.asarray(normal(*kernel, 2, 5))
-        assert_trees_equal(gradients(our_conv, x, w), gradients(plain_conv, x, w))
+        assert_trees_equal(*both(gradients, x, w))
 
 
 def jvp(f, x, w):
@@ -125,16 +133,11 @@ DERIVATIVES = [
 ]
 
 
-def layer(conv, x, w):
-    return jnp.sum(jnp.tanh(conv(x, w[0], (2, 1), ((1, 0), (0, 2)))) ** 2)
-
-
 @pytest.mark.parametrize("derivative", DERIVATIVES, ids=lambda f: f.__name__)
 def test_every_mode_of_differentiation_agrees(derivative):
     with jax.enable_x64(True):
         x, w = jax.tree.map(jnp.asarray, operands(np.float64))
-        ours = jax.jit(lambda x, w: derivative(partial(layer, our_conv), x, w))(x, w)
-        plain = jax.jit(lambda x, w: derivative(partial(layer, plain_conv), x, w))(x, w)
+        ours, plain = both(lambda conv, x, w: derivative(partial(layer, conv), x, w), x, w)
     assert_trees_equal(ours, plain, 1e-9)
 
 
@@ -151,8 +154,7 @@ def test_derivatives_of_any_order_are_made_of_the_three_maps():
 
 def test_bfloat16_stays_bfloat16():
     x, w = jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), operands())
-    ours = jax.jit(jax.value_and_grad(partial(network, our_conv), (0, 1)))(x, w)
-    plain = jax.jit(jax.value_and_grad(partial(network, plain_conv), (0, 1)))(x, w)
+    ours, plain = both(lambda c, x, w: jax.value_and_grad(partial(layer, c), (0, 1))(x, w), x, w)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert a.dtype == b.dtype == jnp.bfloat16
         scale = np.abs(np.asarray(b, np.float32)).max()
@@ -163,10 +165,10 @@ def test_bfloat16_stays_bfloat16():
 
 def test_runs_without_jit():
     x, w = jax.tree.map(jnp.asarray, operands())
-    expected = jax.grad(partial(network, plain_conv))(x, w)
-    assert_trees_equal(jax.grad(partial(network, our_conv))(x, w), expected, 1e-5)
+    expected = jax.grad(partial(layer, plain_conv))(x, w)
+    assert_trees_equal(jax.grad(partial(layer, our_conv))(x, w), expected, 1e-5)
     with jax.disable_jit():
-        assert_trees_equal(jax.grad(partial(network, our_conv))(x, w), expected, 1e-5)
+        assert_trees_equal(jax.grad(partial(layer, our_conv))(x, w), expected, 1e-5)
 
 
 # What makes it fast: in the compiled program of a loop, every convolution has canonical axes.

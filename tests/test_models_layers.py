@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from robustjax import models
 from robustjax.models import layers
@@ -155,6 +155,7 @@ def test_synchronised_statistics_are_those_of_the_whole_batch():
     mesh = jax.make_mesh((4,), ("device",))
     sharded = jax.shard_map(share, mesh=mesh, in_specs=split, out_specs=(split, shared))
     expected = alone.apply(variables, x, train=True, mutable=["batch_stats"])
+    x = jax.device_put(x, NamedSharding(mesh, split))
     for a, b in zip(jax.tree.leaves(jax.jit(sharded)(x)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
@@ -162,12 +163,15 @@ def test_synchronised_statistics_are_those_of_the_whole_batch():
 @pytest.mark.parametrize(
     "channels,groups", [(512, 32), (64, 32), (48, 24), (16, 8), (8, 4), (4, 2), (3, 1), (1, 1)]
 )
-def test_group_norm_has_groups_that_divide(channels, groups):
+def test_groups_divide_the_channels_and_have_two_of_them(channels, groups):
     assert layers.group_count(channels) == groups
-    x = images(2, 3, 3, channels)
+
+
+def test_group_norm_normalises_each_example_and_group():
+    x = images(2, 3, 3, 12)
     norm = Norm("group")
     y = norm.apply(norm.init(KEY, x), x)
-    grouped = np.asarray(y).reshape(2, 9, groups, channels // groups)
+    grouped = np.asarray(y).reshape(2, 9, 6, 2)
     np.testing.assert_allclose(grouped.mean((1, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(grouped.var((1, 3)), 1, atol=5e-3)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from robustjax import models
+from robustjax.models import layers, resnet
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -19,6 +20,19 @@ def shapes(module, image=(32, 32, 3)):
     return jax.eval_shape(models.from_linen(module).init, KEY, x)
 
 
+def variables(model, x):
+    """He-normal kernels, unit scales and variances, zeros: ``init`` without compiling it."""
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            fan_in = max(leaf.size // leaf.shape[-1], 1)
+            return RNG.normal(scale=np.sqrt(2 / fan_in), size=leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, name in ("scale", "var"), np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model.init, KEY, x))
+
+
 def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -28,7 +42,7 @@ def conv(k, c_in, c_out):
 
 
 def resnet10_size(classes):
-    """Stem, then per stage two convolutions and, but for the first, a projection; all normalised."""
+    """Stem, per stage two convolutions and, but for the first, a projection; all normalised."""
     total, c_in = conv(3, 3, 64) + 2 * 64, 64
     for c in (64, 128, 256, 512):
         total += conv(3, c_in, c) + conv(3, c, c) + 4 * c
@@ -94,7 +108,7 @@ NETWORKS = {
 def network(request):
     """A module with its initial variables and its compiled ``model_fn``."""
     model = models.from_linen(NETWORKS[request.param])
-    params, state = model.init(KEY, X)
+    params, state = variables(model, X)
     return request.param, jax.jit(model.apply, static_argnums=3), params, state
 
 
@@ -142,8 +156,9 @@ def test_gradients_for_input_and_parameters_are_finite_and_not_zero(network):
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_outside(module):
     options = {"num_classes": 5}
     full, half = (models.from_linen(module(dtype=d, **options)) for d in (None, jnp.bfloat16))
-    params, state = half.init(KEY, X)
-    assert {v.dtype for v in jax.tree.leaves((params, state))} == {jnp.dtype(jnp.float32)}
+    params, state = variables(half, X)
+    abstract = jax.eval_shape(half.init, KEY, X)
+    assert {v.dtype for v in jax.tree.leaves(abstract)} == {jnp.dtype(jnp.float32)}
 
     def run(model):
         return jax.jit(model.apply, static_argnums=3)(params, state, X, True, None)
@@ -157,9 +172,10 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_outside(module):
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_plain_and_canonical_convolutions_make_the_same_network(norm):
+    params, state = variables(models.from_linen(SMALL_PREACT(norm=norm)), X)
+
     def logits_and_gradient(conv):
         model = models.from_linen(SMALL_PREACT(norm=norm, conv=conv))
-        params, state = model.init(KEY, X)
         logits_fn = models.eval_logits(model.apply, params, state)
         return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(logits_fn(x)))))(X)
 
@@ -197,6 +213,24 @@ def test_the_projection_acts_on_what_is_asked_for():
     strided = np.asarray(x)[0, ::2, ::2, 0]
     np.testing.assert_allclose(pooled("input", x), strided.mean(), rtol=1e-5)
     np.testing.assert_allclose(pooled("preactivated", x), np.maximum(strided, 0).mean(), rtol=1e-5)
+
+
+def test_dropout_of_a_block_is_active_in_training_only():
+    def identity(x, name):
+        return x
+
+    x = jnp.asarray(X)
+    options = {"conv": layers.Conv, "norm": identity, "dropout_rate": 0.5}
+    block = partial(resnet.PreActBlock, channels=3, strides=1, **options)
+    params = block().init(KEY, x)
+    first, again, other = (
+        block(train=True).apply(params, x, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    without = block(dropout_rate=0.0, train=True).apply(params, x)
+    np.testing.assert_array_equal(block().apply(params, x), without)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ def solve(norm, v, radius=None, level=lambda tau: 0.0):
         return np.sum((x[:d] - x[d:-1] - v) ** 2) / 2 + level(x[-1])
 
     bounds = [(0, None)] * (2 * d) + [(0, None) if radius is None else (radius, radius)]
-    start = np.concatenate([np.full(2 * d, 0.1), [1.0 if radius is None else radius]])
+    size = np.linalg.norm(v, p) if radius is None else radius
+    start = np.concatenate([np.maximum(v, 0), np.maximum(-v, 0), [size]])
     constraint = {"type": "ineq", "fun": slack}
     options = {"ftol": 1e-15, "maxiter": 500}
     x = minimize(
@@ -188,6 +189,7 @@ def test_prox_closed_forms():
 @every_norm
 def test_prox_vanishes_exactly_in_the_dual_ball(norm):
     v = vectors(8, 6)
+    v = v[jnp.any(v != 0, axis=1)]
     t = call("value", norm.dual, 1, v)
     assert not np.any(call("prox", norm, 1, v, t * (1 + 1e-5)))
     assert np.all(order_norm(norm, call("prox", norm, 1, v, t * (1 - 1e-3))) > 0)
@@ -220,7 +222,6 @@ def test_derivatives_at_zero_are_finite(norm):
     zero, tangent = jnp.zeros(4), jnp.arange(4.0)
     functions = [norm.value, norm.steepest]
     for method in SIZED:
-        functions += [functools.partial(getattr(norm, method), **{}) for _ in ()]
         for size in (0.0, 0.5):
             functions.append(lambda v, m=method, s=size: getattr(norm, m)(v, s))
     for fn in functions:
@@ -239,8 +240,10 @@ def test_derivatives_where_a_coordinate_is_zero_are_finite(norm):
     v, tangent = jnp.array([0.0, 1.0, -2.0]), jnp.ones(3)
     for method in ("value", "steepest", *SIZED):
         sizes = () if method in ("value", "steepest") else (0.5,)
-        fn = lambda v, m=method, s=sizes: getattr(norm, m)(v, *s)
-        assert np.all(np.isfinite(jax.jvp(fn, (v,), (tangent,))[1]))
+        fn = functools.partial(call, method, norm, 0)
+        assert np.all(
+            np.isfinite(jax.jvp(lambda v, fn=fn, s=sizes: fn(v, *s), (v,), (tangent,))[1])
+        )
 
 
 @every_norm
@@ -306,7 +309,7 @@ def test_batch_axes_are_vmap_are_a_loop(norm):
         np.testing.assert_allclose(batched, np.array(looped), rtol=2e-5, atol=1e-6)
         if s:
             same = call(method, norm, 2, v, jnp.full((2, 3), 0.5))
-            np.testing.assert_array_equal(call(method, norm, 2, v, 0.5), same)
+            np.testing.assert_allclose(call(method, norm, 2, v, 0.5), same, atol=1e-6)
 
 
 @every_norm

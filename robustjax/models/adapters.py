@@ -172,8 +172,9 @@ def _mode(train: Any) -> bool:
 
 
 def _logits(x: ArrayLike, logits: Array) -> Array:
-    if logits.ndim != 2 or logits.shape[0] != jnp.shape(x)[0]:
+    n = jnp.shape(x)[0]
+    if logits.ndim != 2 or logits.shape[0] != n:
         raise ValueError(
-            f"the model must return logits (n, K) with n = {jnp.shape(x)[0]}, got shape {logits.shape}"
+            f"the model must return logits (n, K) with n = {n}, got shape {logits.shape}"
         )
     return logits

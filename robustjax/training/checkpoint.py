@@ -31,7 +31,8 @@ def open_checkpoints(
       keep_last: last checkpoints kept, ``>= 1``.
 
     Raises:
-      ValueError: an argument is out of range, or the directory cannot be written.
+      ValueError: an argument is out of range, the directory cannot be written, or what is in it
+        is damaged.
     """
     checks.choice("best_mode", best_mode, ("max", "min"))
     checks.integer("keep_best", keep_best, at_least=1)
@@ -45,21 +46,22 @@ def open_checkpoints(
     def score(metrics: dict[str, float]) -> float:
         return metrics[best_metric]
 
-    return ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            best_fn=score,
-            best_mode=best_mode,
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                [
-                    preservation_policy.LatestN(keep_last),
-                    preservation_policy.BestN(
-                        get_metric_fn=score, reverse=best_mode == "min", n=keep_best
-                    ),
-                ]
-            ),
+    options = ocp.CheckpointManagerOptions(
+        best_fn=score,
+        best_mode=best_mode,
+        preservation_policy=preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep_last),
+                preservation_policy.BestN(
+                    get_metric_fn=score, reverse=best_mode == "min", n=keep_best
+                ),
+            ]
         ),
     )
+    try:
+        return ocp.CheckpointManager(directory, options=options)
+    except Exception as error:
+        raise ValueError(f"checkpoints in {directory} are damaged: {_reason(error)}") from error
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, metrics: dict[str, float]) -> None:
@@ -77,7 +79,8 @@ def restore(
 
     Args:
       manager: from ``open_checkpoints``.
-      like: a state of the same structure, as the run would start from.
+      like: a state of the same structure, as the run would start from. Its arrays may have been
+        donated: only their shapes, dtypes and shardings are read.
       step: which checkpoint; default the latest.
 
     Raises:
@@ -86,17 +89,25 @@ def restore(
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         raise ValueError(f"no checkpoint of step {step} in {manager.directory}")
-    template = jax.tree.map(_abstract, _storable(like))
+    key_data = jax.eval_shape(jax.random.key_data, like.key)
+    template = jax.tree.map(_abstract, like)._replace(
+        key=jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=like.key.sharding)
+    )
     try:
         stored = manager.restore(step, args=ocp.args.StandardRestore(template))
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise ValueError(
             f"checkpoint {manager.directory}/{step} is damaged or of another model: "
-            f"{type(error).__name__}: {reason[0][:300] if reason else ''}"
+            f"{_reason(error)}"
         ) from error
     key = jax.random.wrap_key_data(stored.key, impl=jax.random.key_impl(like.key))
     return stored._replace(key=key)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of the storage library, which can run over pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150] if lines else ''}"
 
 
 def _storable(state: TrainState) -> TrainState:

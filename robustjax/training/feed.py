@@ -1,7 +1,8 @@
 """How data reach the training step: held on the devices, or streamed from the host.
 
 Both give ``advance(state, epoch, first, count) -> (state, metrics)`` for ``robustjax.training.fit``
-and make one global batch of a step the same whatever the number of devices and hosts.
+and make one global batch of a step the same whatever the number of devices and hosts. The state
+that ``advance`` is given is donated: go on with the one that it returns.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,6 @@
 """Floating-point operations of a function, counted from its traced program without running it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,10 @@ def _equation(equation: core.JaxprEqn) -> int:
         return 2 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
     if name == "conv_general_dilated":
         return _convolution(equation)
+    if name.startswith("canonical_conv"):
+        # The library's own primitives: count the convolution that each stands for.
+        written = functools.partial(equation.primitive.impl, **params)
+        return count_flops(written, *(v.aval for v in equation.invars))
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "cond":

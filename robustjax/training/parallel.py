@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -50,8 +51,10 @@ def parallel(
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Places the same values on every device of the mesh; each host passes equal values."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+    """Copies the same values to every device of the mesh; each host passes equal values."""
+    # A copy first, since device_put shares buffers with values that are already in place: training
+    # donates its state, and must not delete the caller's arrays with it.
+    return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, REPLICATED))
 
 
 def split(tree: Any, mesh: Mesh, spec: P = SPLIT) -> Any:

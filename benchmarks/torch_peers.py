@@ -1,0 +1,210 @@
+"""The same networks, attack and training loop in plain PyTorch, with the same weights.
+
+Written as a PyTorch user would write them: eager mode, ``NCHW``, gradients for the input alone
+during an attack, the fused Adam. Layers bear the names of their Flax counterparts, by which
+``load_flax`` copies parameters and statistics.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flax import traverse_util
+from torch import Tensor, nn
+
+FORMATS = {"torch": torch.contiguous_format, "torch_channels_last": torch.channels_last}
+
+
+class PreActBlock(nn.Module):
+    """Norm, ReLU, 3x3 convolution, twice; the projection acts on the block's input."""
+
+    def __init__(self, inputs: int, channels: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        if stride != 1 or inputs != channels:
+            self.shortcut_conv = nn.Conv2d(inputs, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output."""
+        y = self.conv1(F.relu(self.norm1(x)))
+        y = self.conv2(F.relu(self.norm2(y)))
+        return y + (self.shortcut_conv(x) if hasattr(self, "shortcut_conv") else x)
+
+
+class PreActResNet18(nn.Module):
+    """Peer of ``robustjax.models.PreActResNet18`` with its default settings."""
+
+    def __init__(self, width: int = 64, num_classes: int = 10):
+        super().__init__()
+        self.stem_conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.blocks = []
+        inputs = width
+        for stage in range(4):
+            for block in range(2):
+                channels = width * 2**stage
+                stride = 2 if stage > 0 and block == 0 else 1
+                name = f"stage{stage + 1}_block{block + 1}"
+                self.add_module(name, PreActBlock(inputs, channels, stride))
+                self.blocks.append(name)
+                inputs = channels
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images ``(n, 3, h, w)``."""
+        x = self.stem_conv(x)
+        for name in self.blocks:
+            x = getattr(self, name)(x)
+        return self.head(x.mean((2, 3)))
+
+
+class SmallCNN(nn.Module):
+    """Peer of ``robustjax.models.SmallCNN`` for square images, with its default widths."""
+
+    def __init__(self, image_size: int, image_channels: int = 1, num_classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(image_channels, 16, 4, 2, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 4, 2, padding=1)
+        self.features = (image_size // 4, image_size // 4, 32)
+        self.dense = nn.Linear(math.prod(self.features), 100)
+        self.head = nn.Linear(100, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images ``(n, c, h, w)``."""
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.head(F.relu(self.dense(x.flatten(1))))
+
+
+def load_flax(
+    module: nn.Module, params: Mapping[str, Any], model_state: Mapping[str, Any]
+) -> nn.Module:
+    """Copies Flax parameters and BatchNorm statistics into the peer of the same layer names.
+
+    Raises:
+      ValueError: the names or shapes are not those of the peer.
+    """
+    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    state = {}
+    for tree in (params, model_state.get("batch_stats", {})):
+        for (*path, kind), value in traverse_util.flatten_dict(dict(tree)).items():
+            layer = module.get_submodule(".".join(path))
+            array = np.asarray(value)
+            if kind == "kernel" and array.ndim == 4:
+                array = array.transpose(3, 2, 0, 1)
+            elif kind == "kernel" and path == ["dense"]:
+                # Flax flattens HWC features, PyTorch CHW ones.
+                array = array.reshape(*module.features, -1).transpose(3, 2, 0, 1)
+                array = array.reshape(layer.out_features, -1)
+            elif kind == "kernel":
+                array = array.T
+            state[".".join((*path, names.get(kind, kind)))] = torch.tensor(array)
+    expected = {n for n in module.state_dict() if not n.endswith("num_batches_tracked")}
+    if state.keys() != expected:
+        different = sorted(state.keys() ^ expected)
+        raise ValueError(f"params must have the layers of the peer, they differ in {different}")
+    try:
+        module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"params must have the shapes of the peer: {error}") from error
+    return module
+
+
+def images(x: Any, memory_format: torch.memory_format) -> Tensor:
+    """Images ``NHWC`` as a tensor ``NCHW`` in a memory format."""
+    return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    start: Tensor | None = None,
+) -> Tensor:
+    """l_inf PGD on the cross-entropy, from a uniform start or from ``start``."""
+    if start is None:
+        start = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    z = start
+    for _ in range(steps):
+        z = z.detach().requires_grad_()
+        loss = F.cross_entropy(model(z), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, z)
+        z = torch.clamp(z.detach() + step_size * gradient.sign(), lower, upper)
+    return z.detach()
+
+
+def adversarial_trainer(
+    model: nn.Module,
+    image: np.ndarray,
+    label: np.ndarray,
+    *,
+    memory_format: torch.memory_format,
+    batch_size: int,
+    eps: float,
+    step_size: float,
+    attack_steps: int,
+    warmup_steps: int,
+    learning_rate: float,
+    total_steps: int,
+) -> Callable[[int], tuple[float, float]]:
+    """``advance(count) -> (loss, robust accuracy)`` makes so many steps of adversarial training.
+
+    Adam with a cosine schedule; eps and the step of the attack grow linearly over the warm-up;
+    shuffled anew in each epoch.
+
+    Args:
+      model: network, trained in place.
+      image: uint8 images ``(N, h, w, c)``.
+      label: labels ``(N,)``.
+      memory_format: of images and weights.
+      batch_size: examples of a step.
+      eps: final radius.
+      step_size: final length of a step of the attack.
+      attack_steps: steps of the attack.
+      warmup_steps: training steps until ``eps`` is reached; 0 for none.
+      learning_rate: that of the first step.
+      total_steps: training steps until the learning rate is 0.
+    """
+    model = model.to(memory_format=memory_format)
+    x_all, y_all = images(image, memory_format), torch.tensor(label, dtype=torch.long)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    order: list[Tensor] = []
+    done = 0
+
+    def advance(count: int) -> tuple[float, float]:
+        nonlocal done
+        loss_sum = torch.zeros(())
+        correct = torch.zeros((), dtype=torch.long)
+        for _ in range(count):
+            if not order:
+                whole = len(label) // batch_size * batch_size
+                order.extend(torch.randperm(len(label))[:whole].split(batch_size))
+            rows = order.pop()
+            x = (x_all[rows].float() / 255).contiguous(memory_format=memory_format)
+            y = y_all[rows]
+            scale = min(done / warmup_steps, 1.0) if warmup_steps else 1.0
+            x_adv = pgd(
+                model, x, y, eps=scale * eps, step_size=scale * step_size, steps=attack_steps
+            )
+            optimizer.zero_grad()
+            logits = model(x_adv)
+            loss = F.cross_entropy(logits, y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(1) == y).sum()
+            done += 1
+        return float(loss_sum) / count, float(correct) / (count * batch_size)
+
+    return advance
