@@ -20,6 +20,7 @@ import dataclasses
 import io
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks import timing
 from experiments import adversarial_training, command_line
@@ -356,11 +356,20 @@ def measure_training(sizes: Sizes, peers: ModuleType | None) -> dict[str, Any]:
         with peers.torch.no_grad():
             theirs = network(peers.images(x, memory_format)).numpy()
         difference[name] = _check_logits(name, logits, theirs)
-        runs[name] = (
-            lambda advance=peers.adversarial_trainer(network, train.image, train.label, memory_format=memory_format, batch_size=settings.batch_size, eps=settings.eps, step_size=settings.attack_step_size, attack_steps=settings.attack_steps, warmup_steps=settings.eps_warmup * parts.steps_per_epoch, learning_rate=settings.learning_rate, total_steps=settings.epochs * parts.steps_per_epoch): (
-                advance(steps)
-            )
+        theirs_advance = peers.adversarial_trainer(
+            network,
+            train.image,
+            train.label,
+            memory_format=memory_format,
+            batch_size=settings.batch_size,
+            eps=settings.eps,
+            step_size=settings.attack_step_size,
+            attack_steps=settings.attack_steps,
+            warmup_steps=settings.eps_warmup * parts.steps_per_epoch,
+            learning_rate=settings.learning_rate,
+            total_steps=settings.epochs * parts.steps_per_epoch,
         )
+        runs[name] = partial(theirs_advance, steps)
 
     trace: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
 

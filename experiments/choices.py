@@ -80,7 +80,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "wrn34": _wide(34),
 }
 
-ATTACKS = ("fgsm", "fgsm_rs", "pgd")
+ATTACKS = ("fgsm", "fgsm_rs", "pgd", "pgd_corner")
 OBJECTIVES = ("standard", "madry", "trades")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "sign_gd")
 SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")
@@ -94,7 +94,8 @@ def make_attack(
         return attacks.fgsm(threat, step_size=step_size)
     if name == "fgsm_rs":
         return attacks.fgsm_rs(threat, step_size=step_size)
-    return attacks.pgd(threat, steps=steps, step_size=step_size, start=start)
+    corner = name == "pgd_corner"
+    return attacks.pgd(threat, steps=steps, step_size=step_size, start=start, corner=corner)
 
 
 def make_objective(

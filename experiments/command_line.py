@@ -20,7 +20,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 from absl import app, flags, logging
@@ -47,41 +46,55 @@ def run(
     A ``ValueError`` ends the program with its sentence and status 1; ``--debug`` shows where it
     came from.
     """
-    values = flags.FlagValues()
-    _define(settings_class, presets, values)
 
-    def parse(argv: Sequence[str]) -> list[str]:
+    def parse(argv: Sequence[str]) -> Any:
         if any(word in ("--help", "-help", "-h", "--helpfull", "--helpshort") for word in argv):
             print(help_text(settings_class, presets, description))
             sys.exit(0)
         try:
-            rest = values(argv, known_only=True)
-            # absl's own flags (logging) and, for what nobody knows, its suggestions.
-            rest = flags.FLAGS(rest)
-            if len(rest) > 1:
-                raise ValueError(f"arguments must be flags (--name=value), got {rest[1]!r}")
-        except (flags.Error, ValueError) as error:
-            sys.exit(f"error: {_with_known_names(str(error), values)}; see --help")
-        return rest
+            return parse_settings(argv[1:], settings_class, presets)
+        except ValueError as error:
+            sys.exit(f"error: {error}; see --help")
 
-    def call(argv: Sequence[str]) -> None:
-        del argv
+    def call(parsed: tuple[Any, bool]) -> None:
+        settings, debug = parsed
         # absl turns on the information messages of every library that logs through it.
         logging.set_verbosity(logging.WARNING)
-        settings = presets[values.preset]
-        given = {
-            f.name: _as_field(values[f.name].value)
-            for f in dataclasses.fields(settings_class)
-            if values[f.name].present
-        }
         try:
-            main(dataclasses.replace(settings, **given))
+            main(settings)
         except ValueError as error:
-            if values.debug:
+            if debug:
                 raise
             sys.exit(f"error: {error}")
 
     app.run(call, flags_parser=parse)
+
+
+def parse_settings(
+    words: Sequence[str], settings_class: type, presets: Mapping[str, Any]
+) -> tuple[Any, bool]:
+    """The settings of a command line's words, and whether ``--debug`` was among them.
+
+    Raises:
+      ValueError: a flag is unknown, its value is not one of its choices or of another type, or a
+        word is no flag.
+    """
+    values = flags.FlagValues()
+    _define(settings_class, presets, values)
+    try:
+        rest = values(["", *words], known_only=True)
+        # absl's own flags (logging), and its complaint about what nobody knows.
+        rest = flags.FLAGS(rest)
+    except flags.Error as error:
+        raise ValueError(_with_known_names(str(error), values)) from error
+    if len(rest) > 1:
+        raise ValueError(f"arguments must be flags (--name=value), got {rest[1]!r}")
+    given = {
+        field.name: _as_field(values[field.name].value)
+        for field in dataclasses.fields(settings_class)
+        if values[field.name].present
+    }
+    return dataclasses.replace(presets[values.preset], **given), values.debug
 
 
 def help_text(settings_class: type, presets: Mapping[str, Any], description: str | None) -> str:
@@ -130,7 +143,8 @@ class _NumberParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> float:
         try:
-            return float(Fraction(argument)) if "/" in str(argument) else float(argument)
+            above, _, below = str(argument).partition("/")
+            return float(above) / float(below) if below else float(argument)
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"must be a number or a fraction, got {argument!r}") from error
 
@@ -175,9 +189,9 @@ def _shown(value: Any, fractions: bool) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, float):
-        pixels = value * 255
-        whole = abs(pixels - round(pixels)) < 1e-9
-        return f"{round(pixels)}/255" if fractions and value and whole else f"{value:g}"
+        pixels, decimal = value * 255, f"{value:g}"
+        whole = f"{round(pixels)}/255" if abs(pixels - round(pixels)) < 1e-9 else decimal
+        return min(decimal, whole, key=len) if fractions else decimal
     return str(value)
 
 

@@ -107,6 +107,13 @@ def array(name: str, value: Any) -> Any:
     return value
 
 
+def integers(name: str, value: Any) -> Any:
+    """An array of integers ``(n,)``."""
+    if array(name, value).ndim != 1 or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers of shape (n,), got {value.dtype}{value.shape}")
+    return value
+
+
 def per_example(name: str, value: Any, n: int) -> Any:
     """An array ``(n,)``, one entry per example."""
     if array(name, value).shape != (n,):
@@ -200,9 +207,7 @@ def in_box(name: str, x: Any, *, lower: Any, upper: Any) -> None:
 
 def labels(name: str, y: Any, *, num_classes: int) -> None:
     """Concrete integer labels ``(n,)`` in ``0 .. num_classes - 1``."""
-    y = np.asarray(y)
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"{name} must be integers of shape (n,), got {y.dtype}{y.shape}")
+    y = integers(name, np.asarray(y))
     if y.size and (y.min() < 0 or y.max() >= num_classes):
         worst = y.max() if y.max() >= num_classes else y.min()
         raise ValueError(f"{name} must lie in 0 .. {num_classes - 1}, got {worst}")

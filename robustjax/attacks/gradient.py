@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from robustjax import checks, keys
 from robustjax.losses import cross_entropy
@@ -127,18 +127,23 @@ def pgd(
       has_aux: return ``(x_adv, PGDTrace)``.
 
     Raises:
-      ValueError: an argument is out of range, or the shapes of a call do not fit.
+      ValueError: an argument is out of range; of a call: shapes or dtypes do not fit, or inputs or
+        labels whose values are known (outside ``jit``) are not finite, in the box or in range.
 
     Source: Madry et al. (2018), "Towards deep learning models resistant to adversarial attacks",
     section 2; Kurakin et al. (2017). Deviation: ``sign(0) = 0``, so a pixel without gradient
     stays.
     """
+    _check_threat(threat)
+    checks.function("loss", loss)
     checks.integer("steps", steps)
     checks.integer("restarts", restarts, at_least=1)
     checks.choice("iterate", iterate, ("last", "best"))
     checks.choice("select", select, ("loss", "any"))
     if not callable(start):
         checks.choice("start", start, ("zero", "uniform"))
+    if step_rule is not None:
+        checks.transform("step_rule", step_rule)
     if step_rule is not None and step_size is not None:
         raise ValueError(
             f"step_size must be left out when a step_rule is given, got {step_size}: "
@@ -161,7 +166,7 @@ def pgd(
         return dataclasses.replace(threat, lower=-jnp.inf, upper=jnp.inf).sample(example_keys, x)
 
     def judge(logits: Array, y: Array) -> tuple[Array, Array, Array]:
-        score = sign * loss(logits, y)
+        score = sign * checks.per_example("loss(logits, y)", loss(logits, y), y.shape[0])
         prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         labels = y if y.ndim == 1 else jnp.argmax(y, axis=-1)
         return score, prediction, (prediction == labels) == targeted
@@ -221,10 +226,18 @@ def pgd(
         return (better(last, best) if keep_best else last), (scores, predictions)
 
     def attack(
-        logits_fn: Callable[[Array], Array], key: Array, x: Float[Array, "n ..."], y: Array
+        logits_fn: Callable[[Array], Array], key: Array, x: ArrayLike, y: ArrayLike
     ) -> Array | tuple[Array, PGDTrace]:
+        checks.function("logits_fn", logits_fn)
         checks.batch(x, y)
-        x, y = jax.lax.stop_gradient((x, y))
+        if jnp.shape(step_size) not in ((), x.shape[:1]):
+            raise ValueError(
+                f"step_size must be one number or one per example, {x.shape[:1]}, "
+                f"got shape {jnp.shape(step_size)}"
+            )
+        if all(map(checks.is_known, (x, threat.lower, threat.upper))):
+            checks.in_box("x", x, lower=threat.lower, upper=threat.upper)
+        x, y = jax.lax.stop_gradient((jnp.asarray(x), jnp.asarray(y)))
         example_keys = keys.as_per_example(key, x.shape[0])
         if restarts == 1 and not keep_best and not has_aux:
             z, _ = run(logits_fn, keys.fold_in(example_keys, 0), x, y)
@@ -263,7 +276,7 @@ def fgsm(
 
     Source: Goodfellow et al. (2015), section 4; Miyato et al. (2017) for l_2.
     """
-    step_size = threat.eps if step_size is None else step_size
+    step_size = _check_threat(threat).eps if step_size is None else step_size
     return pgd(threat, steps=1, step_size=step_size, loss=loss, start="zero", targeted=targeted)
 
 
@@ -280,7 +293,7 @@ def fgsm_rs(
     better than free"); ``False`` differentiates through the clip (Andriushchenko & Flammarion
     2020).
     """
-    step_size = 1.25 * threat.eps if step_size is None else step_size
+    step_size = 1.25 * _check_threat(threat).eps if step_size is None else step_size
     return pgd(threat, steps=1, step_size=step_size, loss=loss, clip_start=clip_start)
 
 
@@ -302,6 +315,7 @@ def least_likely(targeted_attack: Attack) -> Attack:
     ``least_likely(bim(..., targeted=True))`` is Iter-LL-FGSM (Kurakin et al. 2017). The target is
     computed once, at the clean point.
     """
+    checks.function("targeted_attack", targeted_attack)
 
     def attack(logits_fn, key, x, y):
         del y
@@ -309,6 +323,15 @@ def least_likely(targeted_attack: Attack) -> Attack:
         return targeted_attack(logits_fn, key, x, target)
 
     return attack
+
+
+def _check_threat(threat: ThreatModel) -> ThreatModel:
+    if not isinstance(threat, ThreatModel):
+        raise ValueError(
+            f"threat must be a ThreatModel, such as ThreatModel(LInf(), 8 / 255), "
+            f"got {checks.shown(threat)}"
+        )
+    return threat
 
 
 def _like(per_example: Array, x: Array) -> Array:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
+from robustjax import checks
+
 
 class Oracle(NamedTuple):
     """How the gradient is computed, as a pair of functions.
@@ -33,6 +35,7 @@ def plain() -> Oracle:
         def grad_fn(params, model_state, oracle_state, key, batch):
             def mean_loss(params) -> tuple[Array, Any]:
                 losses, aux = loss_fn(params, model_state, key, batch)
+                checks.per_example("losses of the objective", losses, batch["label"].shape[0])
                 return losses.mean(), aux
 
             grads, (new_model_state, metrics) = jax.grad(mean_loss, has_aux=True)(params)

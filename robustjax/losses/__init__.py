@@ -1,6 +1,7 @@
 """Per-example losses of logits: ``loss(logits (n, K), y) -> (n,)``.
 
-An attack maximises these, training minimises their mean.
+An attack maximises these, training minimises their mean. Labels out of range raise ``ValueError``
+where their values are known; under ``jit`` they are not.
 
 - ``classification``: ``cross_entropy``, ``kl_divergence``
 - ``margins``: ``margin``, ``cw``, ``cw_targeted``, ``dlr``, ``dlr_targeted``

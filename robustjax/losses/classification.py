@@ -16,7 +16,7 @@ def cross_entropy(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Float[Arr
       y: labels ``(n,)`` in ``0 .. K-1``.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or labels do not fit.
     """
     checks.logits_and_labels(logits, y)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y)
@@ -36,8 +36,10 @@ def kl_divergence(
       reference: scores ``(n, K)`` of the distribution under which the mean is taken.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ or are not ``(n, K)``.
     """
+    if checks.array("logits", logits).ndim != 2:
+        raise ValueError(f"logits must have shape (n, K), got {logits.shape}")
     checks.same_shape("reference", reference, "logits", logits)
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     log_p = jax.nn.log_softmax(reference.astype(jnp.float32))

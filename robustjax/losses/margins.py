@@ -29,7 +29,7 @@ def margin(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Float[Array, " n
       y: labels ``(n,)``.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or labels do not fit.
     """
     checks.logits_and_labels(logits, y)
     logits = logits.astype(jnp.float32)
@@ -51,7 +51,7 @@ def cw(
         ``>= 0``.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or ``confidence < 0``.
+      ValueError: shapes, dtypes or labels do not fit, or ``confidence < 0``.
     """
     checks.number("confidence", confidence, at_least=0)
     return jnp.minimum(margin(logits, y), confidence)
@@ -71,8 +71,9 @@ def cw_targeted(
         ``>= 0``.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or ``confidence < 0``.
+      ValueError: shapes, dtypes or labels do not fit, or ``confidence < 0``.
     """
+    checks.logits_and_labels(logits, target, name="target")
     checks.number("confidence", confidence, at_least=0)
     return jnp.minimum(-margin(logits, target), confidence)
 
@@ -95,7 +96,7 @@ def dlr(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Float[Array, " n"]:
       y: labels ``(n,)``.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or fewer than three classes.
+      ValueError: shapes, dtypes or labels do not fit, or fewer than three classes.
     """
     checks.logits_and_labels(logits, y, min_classes=3)
     logits = logits.astype(jnp.float32)
@@ -116,10 +117,10 @@ def dlr_targeted(
       target: the classes ``(n,)`` that the attack wants.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or fewer than four classes.
+      ValueError: shapes, dtypes or labels do not fit, or fewer than four classes.
     """
     checks.logits_and_labels(logits, y, min_classes=4)
-    checks.logits_and_labels(logits, target, min_classes=4)
+    checks.logits_and_labels(logits, target, min_classes=4, name="target")
     logits = logits.astype(jnp.float32)
     top = jax.lax.top_k(logits, 4)[0]
     scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _DLR_GUARD

@@ -10,7 +10,7 @@ def correct(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Bool[Array, " n
     """Whether the largest logit is that of the label; a row with NaN is never correct.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or labels do not fit.
     """
     checks.logits_and_labels(logits, y)
     return (jnp.argmax(logits, axis=-1) == y) & ~jnp.isnan(logits).any(axis=-1)
@@ -28,10 +28,13 @@ def instantaneous_accuracy(
       prediction: class at each iterate, ``(iterates, n)``, e.g. ``PGDTrace.prediction[0]``.
       reference: clean predictions or labels, ``(n,)``.
 
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+
     Source: Sanyal (2021), "Identifying and exploiting structures for reliable deep learning",
     equation (3.15).
     """
-    return jnp.mean(prediction == reference, axis=-1)
+    return jnp.mean(_kept(prediction, reference), axis=-1)
 
 
 def cumulative_accuracy(
@@ -44,5 +47,13 @@ def cumulative_accuracy(
 
     Source: Sanyal (2021), equation (3.16).
     """
-    kept = jnp.cumprod((prediction == reference).astype(jnp.int32), axis=0)
+    kept = jnp.cumprod(_kept(prediction, reference).astype(jnp.int32), axis=0)
     return jnp.mean(kept, axis=-1, dtype=jnp.float32)
+
+
+def _kept(prediction: Array, reference: Array) -> Bool[Array, "iterates n"]:
+    checks.integers("reference", reference)
+    n = reference.shape[0]
+    if checks.array("prediction", prediction).ndim != 2 or prediction.shape[1] != n:
+        raise ValueError(f"prediction must have shape (iterates, {n}), got {prediction.shape}")
+    return prediction == reference

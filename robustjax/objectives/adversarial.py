@@ -29,7 +29,9 @@ def _attack_batch(attack, model_fn, params, model_state, key, batch, y, attack_m
         return model_fn(params, model_state, x, train, model_key(key, batch) if train else None)[0]
 
     example_keys = keys.per_example(jax.random.fold_in(key, 0), batch["index"])
-    return jax.lax.stop_gradient(attack(logits_fn, example_keys, batch["image"], y))
+    x_adv = attack(logits_fn, example_keys, batch["image"], y)
+    checks.same_shape("x_adv, the result of attack,", x_adv, "image", batch["image"])
+    return jax.lax.stop_gradient(x_adv)
 
 
 def madry(
@@ -54,6 +56,8 @@ def madry(
     Source: Madry et al. (2018), equation (2.1). With ``fgsm`` it is FGSM adversarial training,
     with ``fgsm_rs`` that of Wong et al. (2020).
     """
+    checks.function("attack", attack)
+    checks.function("loss", loss)
     checks.choice("attack_mode", attack_mode, ("eval", "train"))
 
     def objective(model_fn: ModelFn) -> LossFn:
@@ -108,6 +112,7 @@ def trades(
     accuracy", equation (5). As there, clean and adversarial inputs pass through the training-mode
     model one after the other, and both update its running statistics.
     """
+    checks.function("attack", attack)
     checks.number("beta", beta, at_least=0)
     checks.choice("kl_direction", kl_direction, ("clean_to_adversarial", "adversarial_to_clean"))
     checks.choice("attack_mode", attack_mode, ("eval", "train"))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array
 
+from robustjax import checks
 from robustjax.objectives.standard import LossFn, ModelFn, Objective
 
 
@@ -23,9 +24,12 @@ def scheduled(
     Returns:
       An objective. Its batches need the ``step``, int32 scalar, that ``train_step`` puts in.
     """
+    checks.function("objective_at", objective_at)
+    checks.function("schedule", schedule)
 
     def objective(model_fn: ModelFn) -> LossFn:
         def loss_fn(params, model_state, key, batch):
+            checks.fields("batch", batch, ("step",))
             now = objective_at(schedule(batch["step"]))
             return now(model_fn)(params, model_state, key, batch)
 

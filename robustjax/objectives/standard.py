@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from robustjax import checks
 from robustjax.losses import cross_entropy
 from robustjax.metrics.accuracy import correct
 from robustjax.models.adapters import ModelFn
@@ -31,6 +32,7 @@ def standard(loss: Callable[[Array, Array], Array] = cross_entropy) -> Objective
       An objective. Its loss function takes batches ``{"image": (n, ...), "label": (n,),
       "index": (n,)}`` and reports ``loss`` and ``accuracy`` per example.
     """
+    checks.function("loss", loss)
 
     def objective(model_fn: ModelFn) -> LossFn:
         def loss_fn(params, model_state, key, batch):

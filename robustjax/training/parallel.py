@@ -52,9 +52,18 @@ def parallel(
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies the same values to every device of the mesh; each host passes equal values."""
-    # A copy first, since device_put shares buffers with values that are already in place: training
-    # donates its state, and must not delete the caller's arrays with it.
-    return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, REPLICATED))
+    sharding = NamedSharding(mesh, REPLICATED)
+
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                place(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        # A true copy, since placing an array may share its buffer: training donates its state, and
+        # must not delete the caller's arrays with it.
+        return jax.make_array_from_process_local_data(sharding, np.array(x))
+
+    return jax.tree.map(place, tree)
 
 
 def split(tree: Any, mesh: Mesh, spec: P = SPLIT) -> Any:

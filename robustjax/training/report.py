@@ -197,7 +197,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(quiet=not is_writer()).print(table)
+    # A file or a pipe has no width of its own, and rich would squeeze the table into 80 columns.
+    width = None if Console().is_terminal else 160
+    Console(quiet=not is_writer(), width=width).print(table)
 
 
 def print_lines(*lines: str) -> None:

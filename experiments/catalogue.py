@@ -1,0 +1,121 @@
+"""Every table and figure of the papers that the library covers, with the command that makes it.
+
+  python -m experiments.catalogue                 all of them
+  python -m experiments.catalogue --implemented   those that can be run
+
+Commands that start from ``--preset=paper`` need an accelerator and the prepared data set; with
+``--dry_run`` they build everything anywhere. Where a table is said to be there in part, the rows
+that its command makes are named.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from experiments import command_line
+from experiments.command_line import setting
+from robustjax.training import report
+
+TRAINING = "python -m experiments.adversarial_training"
+# The recipe of Andriushchenko & Flammarion (2020): 30 epochs, triangular learning rate, no random
+# start.
+FAST = f"{TRAINING} --preset=paper --epochs=30 --schedule=cyclic --learning_rate=0.3 "
+FAST += "--attack_start=zero --attack_mode=train"
+
+OUTER = "Dabouei et al. 2022, Revisiting outer optimization in adversarial training"
+FAST_AT = "Andriushchenko 2024, Understanding generalization and robustness, ch. 2 (fast training)"
+DEMO = "robustjax"
+
+
+class Entry(NamedTuple):
+    """A table or figure: where it stands, what it shows, how to make it, and how much is there."""
+
+    paper: str
+    item: str
+    content: str
+    status: str  # "yes", "part: ..." or "no"
+    commands: tuple[str, ...] = ()
+
+
+CATALOGUE = (
+    Entry(DEMO, "demo", "standard and adversarial training side by side, MNIST-5k, l_inf 0.2",
+          "yes", (TRAINING,)),
+    Entry(OUTER, "Table 1", "time per iteration of seven outer optimizers", "no"),
+    Entry(OUTER, "Table 2", "seven outer optimizers, vanilla adversarial training, CIFAR-10",
+          "part: MSGD, without AutoAttack", (f"{TRAINING} --preset=paper",)),
+    Entry(OUTER, "Table 3", "Vanilla, TRADES, MART, AWP x MSGD, ENGM",
+          "part: Vanilla and TRADES with MSGD, CIFAR-10 and CIFAR-100, without AutoAttack",
+          (f"{TRAINING} --preset=paper --epochs=200 --milestones=100,150 "
+           "--objective=madry,trades --workdir=runs/outer/cifar10",
+           f"{TRAINING} --preset=paper --epochs=200 --milestones=100,150 "
+           "--objective=madry,trades --dataset=cifar100 --workdir=runs/outer/cifar100")),
+    Entry(OUTER, "Table 4", "comparison on WRN-34-10", "no"),
+    Entry(OUTER, "Table 5", "gradient statistics and DeepFool distance over eps", "no"),
+    Entry(OUTER, "Fig. 1", "gain of robust accuracy", "no"),
+    Entry(OUTER, "Fig. 2", "mean and variance of gradient norms over epochs", "no"),
+    Entry(OUTER, "Fig. 3", "correlation of gradient norms", "no"),
+    Entry(OUTER, "Fig. 4", "loss landscapes", "no"),
+    Entry(OUTER, "Fig. 5", "ablations and learning curves",
+          "part: learning curve of MSGD (h)", (f"{TRAINING} --preset=paper",)),
+    Entry(FAST_AT, "Fig. 2.1", "robust accuracy of fast methods over eps, CIFAR-10 and SVHN",
+          "part: FGSM, FGSM-RS, PGD-2, PGD-10 at one eps per run",
+          (f"{FAST} --attack=fgsm --attack_step_size=8/255 --workdir=runs/fast/fgsm",
+           f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs",
+           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
+           f"{FAST} --attack_step_size=1.6/255 --workdir=runs/fast/pgd10")),
+    Entry(FAST_AT, "Table 2.1", "FGSM with a reduced step against FGSM-RS",
+          "part: without early stopping",
+          (f"{FAST} --attack=fgsm --attack_step_size=7/255 --workdir=runs/fast/fgsm_reduced",
+           f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs")),
+    Entry(FAST_AT, "Sec. 2.4", "PGD-10 with perturbations pushed to the corners", "yes",
+          (f"{FAST} --attack=pgd_corner --attack_step_size=1.6/255 --workdir=runs/fast/corner",)),
+    Entry(FAST_AT, "Table 2.3", "PGD-2 with and without random start",
+          "part: one seed per run",
+          (f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
+           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --attack_start=uniform "
+           "--workdir=runs/fast/pgd2_rs",
+           f"{FAST} --attack_steps=2 --attack_step_size=8/255 --attack_start=uniform "
+           "--workdir=runs/fast/pgd2_rs_full")),
+    Entry(FAST_AT, "Table 2.4", "fast adversarial training on CIFAR-10 at 8/255 and 16/255",
+          "part: FGSM, FGSM-RS, PGD-2, PGD-10",
+          (f"{FAST} --attack=fgsm --attack_step_size=8/255 --workdir=runs/fast/fgsm",
+           f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs",
+           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
+           f"{FAST} --attack_step_size=1.6/255 --workdir=runs/fast/pgd10")),
+    Entry(FAST_AT, "Table 2.5", "fast adversarial training on SVHN at 8/255 and 12/255",
+          "part: FGSM-RS, PGD-2, PGD-10",
+          (f"{FAST} --dataset=svhn_cropped --epochs=15 --learning_rate=0.05 --eps_warmup=5 "
+           "--attack_step_size=1.6/255 --workdir=runs/fast/svhn_pgd10",)),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to show."""
+
+    implemented: bool = setting(False, "only what can be run, in whole or in part", "output")
+
+
+def main(settings: Settings) -> None:
+    """Prints the catalogue, a table for each paper."""
+    shown = [e for e in CATALOGUE if e.status != "no" or not settings.implemented]
+    for paper in dict.fromkeys(entry.paper for entry in shown):
+        rows = [
+            [entry.item, entry.content, entry.status] for entry in shown if entry.paper == paper
+        ]
+        report.print_table(paper, ["item", "content", "implemented"], rows)
+        items: dict[str, list[str]] = {}
+        for entry in shown:
+            for command in entry.commands if entry.paper == paper else ():
+                items.setdefault(command, []).append(entry.item)
+        report.print_lines(*(f"{', '.join(who)}: {command}" for command, who in items.items()))
+        report.print_lines("")
+    done = sum(entry.status == "yes" for entry in CATALOGUE)
+    partly = sum(entry.status.startswith("part") for entry in CATALOGUE)
+    report.print_lines(
+        f"{len(CATALOGUE)} tables and figures: {done} in whole, {partly} in part, "
+        f"{len(CATALOGUE) - done - partly} not yet"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main, Settings, {"default": Settings()}, __doc__)
