@@ -104,10 +104,10 @@ class Settings:
         1000, "batch size of evaluation", "evaluation", unit="examples")
     distributed: bool = setting(
         False, "start jax.distributed: one process per host, same flags on each", "hosts")
-    coordinator: str | None = setting(
+    coordinator_address: str | None = setting(
         None, "HOST:PORT of the first process; None: found by JAX on TPU and Slurm", "hosts")
-    processes: int | None = setting(None, "number of processes; None: found by JAX", "hosts")
-    process: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
+    num_processes: int | None = setting(None, "number of processes; None: found by JAX", "hosts")
+    process_id: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
     # fmt: on
 
 
@@ -143,6 +143,12 @@ PRESETS = {
 # the margin loss, as in validation here.
 PUBLISHED = {("madry", "best", "clean"): 84.70, ("madry", "best", "pgd20"): 50.87,
              ("madry", "last", "pgd20"): 44.15}  # fmt: skip
+
+
+# Settings that say where and how a run is started, not what it computes: they may change when it is
+# resumed.
+NOT_OF_THE_RUN = ("workdir", "resume", "dry_run", "data_dir", "distributed", "coordinator_address",
+                  "num_processes", "process_id")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +270,11 @@ def run_objective(
     fresh = training.create_state(params, model_state, parts.optimizer, run_key)
     fresh = parallel.replicate(fresh, mesh)
 
+    report.print_lines(
+        f"{objective}: {settings.model}, {training.parameter_count(params):,} parameters; "
+        f"{len(train):,} training images, {parts.steps_per_epoch} steps an epoch, "
+        f"{settings.epochs} epochs; {mesh.size} x {mesh.devices.flat[0].device_kind}"
+    )
     chosen_by = "clean" if objective == "standard" else f"pgd{settings.validation_steps}"
     validate = training.make_evaluator(
         parts.exact_model.apply, validation_attacks(settings, parts.threat), mesh
@@ -415,14 +426,15 @@ def dry_run(settings: Settings) -> None:
 def main(settings: Settings) -> None:
     """Runs or resumes the experiment of these settings."""
     if settings.distributed:
-        jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
+        jax.distributed.initialize(
+            settings.coordinator_address, settings.num_processes, settings.process_id
+        )
     if settings.dry_run:
         dry_run(settings)
         return
     config = dataclasses.asdict(settings)
-    for name in ("workdir", "resume", "dry_run", "distributed", "coordinator", "processes"):
+    for name in NOT_OF_THE_RUN:
         del config[name]
-    del config["process"]
     splits = {split: _load(settings, split) for split in ("train", "validation", "test")}
     for objective in settings.objective:
         build(settings, objective, len(splits["train"]), splits["train"].num_classes)
@@ -448,6 +460,13 @@ def _load(settings: Settings, split: str) -> data.Dataset:
     )
 
 
+def _is_published_setting(settings: Settings) -> bool:
+    free = ("seed", "test_batch_size", "dispatch", "placement", *NOT_OF_THE_RUN)
+    return settings == dataclasses.replace(
+        PRESETS["paper"], **{name: getattr(settings, name) for name in free}
+    )
+
+
 def _print_results(settings: Settings, results: Mapping[str, Any]) -> None:
     names = [name for name in next(iter(results.values()))["best"] if name != "step"]
     rows = []
@@ -457,17 +476,15 @@ def _print_results(settings: Settings, results: Mapping[str, Any]) -> None:
             for name in names:
                 text = report.percent(result[which][name])
                 published = PUBLISHED.get((objective, which, name))
-                if settings == dataclasses.replace(
-                    PRESETS["paper"],
-                    **{f: getattr(settings, f) for f in ("seed", "workdir", "resume", "data_dir")},
-                ):
-                    text += f" ({published})" if published else ""
+                if published and _is_published_setting(settings):
+                    text += f" ({published})"
                 shown.append(text)
             rows.append([objective, f"{which}, step {result[which]['step']}", *shown])
     test_examples = next(iter(results.values()))["test_examples"]
+    note = "; in parentheses: published, %" if _is_published_setting(settings) else ""
     report.print_table(
         f"{settings.dataset}, {test_examples} test examples, {settings.norm} "
-        f"eps = {settings.eps:.4g}; (published)",
+        f"eps = {settings.eps:.4g}{note}",
         ["objective", "checkpoint", *names],
         rows,
     )
