@@ -34,7 +34,12 @@ from robustjax.training import checkpoint, feed, figures, parallel, report
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All there is to set. The defaults are those of ``--preset=paper``."""
+    """All there is to set, checked when it is made. The defaults are those of ``--preset=paper``.
+
+    Raises:
+      ValueError: a setting is out of range or not among its choices. What depends on the data or
+        the devices is checked before a run begins.
+    """
 
     # fmt: off
     dataset: str = setting(
@@ -110,6 +115,34 @@ class Settings:
     process_id: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
     # fmt: on
 
+    def __post_init__(self):
+        command_line.check_choices(self)
+        if len(set(self.objective)) < len(self.objective):
+            raise ValueError(f"objective must name each one once, got {','.join(self.objective)}")
+        for name in ("attack_steps", "validation_steps", "test_steps", "epochs", "eps_warmup"):
+            checks.integer(name, getattr(self, name))
+        for name in (
+            "batch_size", "test_batch_size", "test_restarts", "dispatch", "checkpoint_every",
+        ):  # fmt: skip
+            checks.integer(name, getattr(self, name), at_least=1)
+        checks.integer("seed", self.seed, at_most=2**32 - 1)
+        if self.width is not None:
+            checks.integer("width", self.width, at_least=1)
+        if self.validation_size is not None:
+            checks.integer("validation_size", self.validation_size)
+        for name in ("eps", "beta", "weight_decay", "decay"):
+            checks.number(name, getattr(self, name), at_least=0)
+        if self.attack_step_size is not None:
+            checks.number("attack_step_size", self.attack_step_size, at_least=0)
+        checks.number("learning_rate", self.learning_rate, above=0)
+        checks.number("momentum", self.momentum, at_least=0, below=1)
+        for before, epoch in zip((0, *self.milestones), self.milestones, strict=False):
+            if checks.integer("milestones", epoch) <= before:
+                raise ValueError(f"milestones must rise from 1 on, got {self.milestones}")
+        for name in ("coordinator_address", "num_processes", "process_id"):
+            if getattr(self, name) is not None and not self.distributed:
+                raise ValueError(f"{name} needs distributed, got {getattr(self, name)} without it")
+
 
 PRESETS = {
     "small": Settings(
@@ -165,11 +198,6 @@ class Parts:
 
 def build(settings: Settings, objective: str, train_size: int, num_classes: int) -> Parts:
     """Turns the names of the settings into functions; computes nothing."""
-    checks.integer("epochs", settings.epochs)
-    checks.integer("checkpoint_every", settings.checkpoint_every, at_least=1)
-    checks.number("learning_rate", settings.learning_rate, above=0)
-    checks.number("weight_decay", settings.weight_decay, at_least=0)
-    checks.number("momentum", settings.momentum, at_least=0, below=1)
     threat = ThreatModel(choices.NORMS[settings.norm], settings.eps)
 
     def model(dtype):
@@ -213,7 +241,7 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
             attack_mode=settings.attack_mode,
         )
 
-    warmup = checks.integer("eps_warmup", settings.eps_warmup) * steps_per_epoch
+    warmup = settings.eps_warmup * steps_per_epoch
     growth = optax.linear_schedule(0.0, 1.0, warmup)
     compute_model = model(choices.PRECISIONS[settings.precision])
     step = training.train_step(
@@ -257,8 +285,6 @@ def run_objective(
 ) -> dict[str, Any]:
     """Trains and evaluates one model; returns what ``results.json`` holds."""
     mesh = parallel.device_mesh()
-    for name in ("batch_size", "test_batch_size"):
-        checks.divisible(name, getattr(settings, name), "the number of devices", mesh.size)
     train = splits["train"]
     parts = build(settings, objective, len(train), train.num_classes)
     began = time.monotonic()
@@ -366,8 +392,9 @@ def _advance(settings, parts, train, key, mesh):
 
 def _panel(settings, objective, parts, state, test, key, workdir) -> None:
     params, model_state = parallel.to_host((state.params, state.model_state))
-    images = jnp.asarray(data.as_float(np.stack([test[i]["image"] for i in range(8)])))
-    labels = jnp.asarray([int(test[i]["label"]) for i in range(8)], jnp.int32)
+    shown = [test[i] for i in range(min(8, len(test)))]
+    images = jnp.asarray(data.as_float(np.stack([example["image"] for example in shown])))
+    labels = jnp.asarray([int(example["label"]) for example in shown], jnp.int32)
     attack = attacks.pgd(parts.threat, steps=settings.test_steps, step_size=parts.threat.eps / 4)
     logits_fn = models.eval_logits(parts.exact_model.apply, params, model_state)
     panel = training.adversarial_panel(logits_fn, attack, key, images, labels)
@@ -379,7 +406,9 @@ def dry_run(settings: Settings) -> None:
     """Builds everything abstractly, checks shapes and prints what a run would cost."""
     if settings.dataset in choices.DATA_FACTS:
         facts = choices.DATA_FACTS[settings.dataset]
-        train_size = facts.train_size - (settings.validation_size or 0)
+        held_out = settings.validation_size or 0
+        checks.integer("validation_size", held_out, at_most=facts.train_size - 1)
+        train_size = facts.train_size - held_out
     else:
         train = _load(settings, "train")
         image_shape = np.asarray(train[0]["image"]).shape
@@ -432,6 +461,8 @@ def main(settings: Settings) -> None:
     if settings.dry_run:
         dry_run(settings)
         return
+    for name in ("batch_size", "test_batch_size"):
+        checks.divisible(name, getattr(settings, name), "the number of devices", jax.device_count())
     config = dataclasses.asdict(settings)
     for name in NOT_OF_THE_RUN:
         del config[name]

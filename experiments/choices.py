@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from robustjax import attacks, models, objectives, optim
+from robustjax import attacks, checks, models, objectives, optim
 from robustjax.norms import L1, L2, LInf, Norm
 from robustjax.threat import ThreatModel
 
@@ -45,7 +45,11 @@ def _residual(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def _wide(depth: int) -> Callable[..., nn.Module]:
     def make(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
         return models.WideResNet(
-            depth=depth, widen_factor=width or 10, num_classes=num_classes, norm=norm, dtype=dtype
+            depth=depth,
+            widen_factor=10 if width is None else width,
+            num_classes=num_classes,
+            norm=norm,
+            dtype=dtype,
         )
 
     return make
@@ -53,13 +57,14 @@ def _wide(depth: int) -> Callable[..., nn.Module]:
 
 def _small_cnn(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
     del norm  # has no normalisation layers
-    width = width or 16
+    width = 16 if width is None else width
     return models.SmallCNN(num_classes=num_classes, channels=(width, 2 * width), dtype=dtype)
 
 
 def _mlp(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
     del norm  # has no normalisation layers
-    return models.MLP(features=(width or 256,) * 2, num_classes=num_classes, dtype=dtype)
+    width = 256 if width is None else width
+    return models.MLP(features=(width, width), num_classes=num_classes, dtype=dtype)
 
 
 def _linear(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
@@ -90,6 +95,7 @@ def make_attack(
     name: str, threat: ThreatModel, *, steps: int, step_size: float | None, start: str
 ) -> attacks.Attack:
     """An attack for training; ``steps`` and ``start`` matter to PGD alone."""
+    checks.choice("attack", name, ATTACKS)
     if name == "fgsm":
         return attacks.fgsm(threat, step_size=step_size)
     if name == "fgsm_rs":
@@ -109,6 +115,7 @@ def make_objective(
     attack_mode: str,
 ) -> objectives.Objective:
     """An objective; TRADES brings its own inner attack, with these steps, for the others' one."""
+    checks.choice("objective", name, OBJECTIVES)
     if name == "standard":
         return objectives.standard()
     if name == "madry":
@@ -132,6 +139,7 @@ def make_schedule(
     ``piecewise`` multiplies by ``decay`` at each of the milestones, in epochs; ``cosine`` falls to
     0; ``cyclic`` rises linearly from 0 over the first 2/5 of the epochs and falls linearly to 0.
     """
+    checks.choice("schedule", name, SCHEDULES)
     total = max(epochs * steps_per_epoch, 1)
     if name == "piecewise":
         return optax.piecewise_constant_schedule(
@@ -155,6 +163,7 @@ def make_optimizer(
     name: str, schedule: optax.Schedule, *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """An optimizer; weight decay is coupled (added to the gradient) but for ``adamw``."""
+    checks.choice("optimizer", name, OPTIMIZERS)
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=weight_decay)
     base = {

@@ -24,6 +24,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from robustjax import checks
+
 
 def setting(
     default: Any, help: str, group: str, *, unit: str = "", choices: Sequence[str] | None = None
@@ -97,6 +99,19 @@ def parse_settings(
     return dataclasses.replace(presets[values.preset], **given), values.debug
 
 
+def check_choices(settings: Any) -> None:
+    """Refuses a field whose value is not among its choices, for settings that no flags made.
+
+    Raises:
+      ValueError: naming the field, its value and its choices.
+    """
+    for field in dataclasses.fields(settings):
+        value, choices = getattr(settings, field.name), field.metadata["choices"]
+        if choices:
+            for one in value if isinstance(value, tuple) else (value,):
+                checks.choice(field.name, one, choices)
+
+
 def help_text(settings_class: type, presets: Mapping[str, Any], description: str | None) -> str:
     """The text of ``--help``: flags by group, with units, choices and the value of each preset."""
     lines = [(description or "").strip(), "", "Flags; [in brackets: " + " | ".join(presets) + "]"]
@@ -126,16 +141,57 @@ def _define(settings_class: type, presets: Mapping[str, Any], values: flags.Flag
         name, text = field.name, field.metadata["help"]
         if kind is bool:
             flags.DEFINE_boolean(name, None, text, flag_values=values)
-        elif kind is int:
-            flags.DEFINE_integer(name, None, text, flag_values=values)
+            values[name].parser = _SwitchParser()
+            continue
+        if kind is int:
+            parser = _WholeNumberParser()
         elif kind is float:
-            flags.DEFINE(_NumberParser(), name, None, text, flag_values=values)
+            parser = _NumberParser()
         elif kind is tuple:
-            flags.DEFINE(_ListParser(choices), name, None, text, flag_values=values)
+            parser = _ListParser(choices)
         elif choices:
-            flags.DEFINE_enum(name, None, list(choices), text, flag_values=values)
+            parser = flags.EnumParser(list(choices))
         else:
-            flags.DEFINE_string(name, None, text, flag_values=values)
+            parser = flags.ArgumentParser()
+        if kind is not hints[field.name] and kind is not tuple:
+            parser = _OptionalParser(parser)
+        flags.DEFINE(parser, name, None, text, flag_values=values)
+
+
+class _OptionalParser(flags.ArgumentParser):
+    """What the other parser takes, or the word ``None``."""
+
+    def __init__(self, other: flags.ArgumentParser):
+        self._other = other
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self._other.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._other.flag_type()
+
+
+class _SwitchParser(flags.BooleanParser):
+    """Booleans; absl's message for anything else is a tuple."""
+
+    def parse(self, argument: Any) -> bool:
+        try:
+            return super().parse(argument)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be true or false, got {argument!r}") from error
+
+
+class _WholeNumberParser(flags.ArgumentParser):
+    """Integers in decimal."""
+
+    def parse(self, argument: Any) -> int:
+        try:
+            return int(argument)
+        except ValueError as error:
+            raise ValueError(f"must be a whole number, got {argument!r}") from error
+
+    def flag_type(self) -> str:
+        return "int"
 
 
 class _NumberParser(flags.ArgumentParser):
@@ -162,7 +218,7 @@ class _ListParser(flags.ArgumentParser):
         words = argument.split(",") if isinstance(argument, str) else argument
         words = [word.strip() for word in words if str(word).strip()]
         if not self._choices:
-            return tuple(int(word) for word in words)
+            return tuple(_WholeNumberParser().parse(word) for word in words)
         for word in words:
             if word not in self._choices:
                 raise ValueError(f"must be of {', '.join(self._choices)}, got {word!r}")

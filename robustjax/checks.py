@@ -103,7 +103,7 @@ def transform(name: str, value: Any) -> optax.GradientTransformation:
 def array(name: str, value: Any) -> Any:
     """An array of JAX or NumPy, traced or not."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        raise ValueError(f"{name} must be an array, got {shown(value)}")
+        raise ValueError(f"{name} must be an array, got {type(value).__name__} {shown(value)}")
     return value
 
 

@@ -2,7 +2,7 @@
 
 A vector is a pytree where the formula needs nothing but sums (``norm``, ``steepest``) and a flat
 array where it sorts or solves. Everything is computed in at least float32, and whatever is not
-differentiable at zero has the derivative zero there.
+differentiable at zero has a finite derivative there.
 """
 
 import functools

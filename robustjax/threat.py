@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from robustjax import checks, keys, lp, norms
-from robustjax.norms import L1, L2, LInf, Norm
+from robustjax.norms import L1, L2, LInf, Lp, Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,29 @@ class ThreatModel:
         The result is feasible, because ``x`` lies in the box and clipping moves each coordinate
         towards it. For l_inf it is the Euclidean projection; for other norms with a box it is the
         sequential one that the field uses, not the nearest point of the intersection, which
-        ``project_exact`` finds.
+        ``project_exact`` finds. For ``Lp(p)`` the perturbation is scaled back to the ball, which
+        is not the nearest point unless p = 2: repeated steepest steps then end at the maximiser
+        over the ball, while under Euclidean projection they do not (its residual at ``w`` is along
+        ``|w|^(p-1)``, the steepest step along ``|g|^(q-1)``; they agree for p = 1, 2 and inf).
+
+        Args:
+          x_adv: points to project.
+          x: clean examples.
 
         Raises:
           ValueError: the shapes of ``x_adv`` and ``x`` differ.
         """
         self._check(x_adv=x_adv, x=x)
-        return self._clip(x + self.norm.project(x_adv - x, self._eps(x), batch_ndim=1))
+        delta = x_adv - x
+        if isinstance(self.norm, Lp):
+            length = self.norm.value(delta, batch_ndim=1)
+            scale = jnp.minimum(1, self._eps(x) / jnp.where(length > 0, length, 1))
+            return self.clip(x + delta * _per_example("scale", scale, x))
+        return self.clip(x + self.norm.project(delta, self._eps(x), batch_ndim=1))
+
+    def clip(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """Into the box alone; keeps the dtype of ``x``."""
+        return jnp.clip(x, jnp.asarray(self.lower, x.dtype), jnp.asarray(self.upper, x.dtype))
 
     def project_exact(
         self, x_adv: Float[Array, "n ..."], x: Float[Array, "n ..."]
@@ -109,7 +125,7 @@ class ThreatModel:
         """
         self._check(x=x)
         draw = jax.vmap(self.norm.sample_ball)
-        return self._clip(x + draw(keys.as_per_example(key, x.shape[0]), x, self._eps(x)))
+        return self.clip(x + draw(keys.as_per_example(key, x.shape[0]), x, self._eps(x)))
 
     def step(
         self,
@@ -143,10 +159,10 @@ class ThreatModel:
         """
         self._check(x_adv=x_adv, x=x)
         direction = self.norm.steepest(x_adv - x, batch_ndim=1)
-        return self._clip(x + _per_example("eps", self.eps, x) * direction)
+        return self.clip(x + _per_example("eps", self.eps, x) * direction)
 
     def contains(
-        self, x_adv: Float[Array, "n ..."], x: Float[Array, "n ..."], atol: float = 1e-6
+        self, x_adv: Float[Array, "n ..."], x: Float[Array, "n ..."], atol: ArrayLike = 1e-6
     ) -> Bool[Array, " n"]:
         """Whether each ``x_adv`` is feasible; False where it is not a number.
 
@@ -172,14 +188,18 @@ class ThreatModel:
             )
         for name, value in arrays.items():
             checks.same_shape(name, value, "x", x)
+        example = jnp.shape(x)[1:]
+        for name in ("lower", "upper"):
+            shape = jnp.shape(getattr(self, name))
+            # One example, not the batch: a vector must not be taken for one bound per example.
+            fits = all(a in (1, b) for a, b in zip(shape[::-1], example[::-1], strict=False))
+            if not fits or len(shape) > len(example):
+                raise ValueError(
+                    f"{name} must broadcast against one example, {example}, got shape {shape}"
+                )
 
     def _eps(self, x: Array) -> Array:
         return _per_example("eps", self.eps, x).reshape(-1)
-
-    def _clip(self, x: Array) -> Array:
-        # The derivative of the clip is 0 where it binds, which says nothing about the loss there:
-        # attacks differentiate at the projected point, never through the projection.
-        return jnp.clip(x, jnp.asarray(self.lower, x.dtype), jnp.asarray(self.upper, x.dtype))
 
 
 _LEAVES = ("eps", "lower", "upper")
@@ -187,10 +207,6 @@ _LEAVES = ("eps", "lower", "upper")
 
 def _flatten_with_keys(threat: ThreatModel) -> tuple[list, Norm]:
     return [(jax.tree_util.GetAttrKey(k), getattr(threat, k)) for k in _LEAVES], threat.norm
-
-
-def _flatten(threat: ThreatModel) -> tuple[list, Norm]:
-    return [getattr(threat, k) for k in _LEAVES], threat.norm
 
 
 def _unflatten(norm: Norm, leaves: Any) -> ThreatModel:
@@ -202,7 +218,7 @@ def _unflatten(norm: Norm, leaves: Any) -> ThreatModel:
     return threat
 
 
-jax.tree_util.register_pytree_with_keys(ThreatModel, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(ThreatModel, _flatten_with_keys, _unflatten)
 
 
 def _per_example(name: str, value: ArrayLike, x: Array) -> Array:

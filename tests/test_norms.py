@@ -21,7 +21,11 @@ every_norm = pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 one_of_each = pytest.mark.parametrize("norm", NORMS[:4], ids=lambda norm: norm.name)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+# Tiny programs: what takes time is compiling them.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(jit, static_argnums=(0, 2))
 def call(method, norm, batch_ndim, *args):
     return getattr(norm, method)(*args, batch_ndim=batch_ndim)
 
@@ -227,17 +231,19 @@ def test_agreement_with_optax():
 def test_derivatives_at_zero_are_finite(norm):
     zero, tangent = jnp.zeros(4), jnp.arange(4.0)
     for method in ("value", "steepest", *SIZED):
-        sizes = [(0.0,), (0.5,)] if method in SIZED else [()]
-        fn = functools.partial(call, method, norm, 0)
-        forward = jax.jit(lambda s, fn=fn: jax.jvp(lambda v: fn(v, *s), (zero,), (tangent,)))
-        reverse = jax.jit(jax.grad(lambda v, s, fn=fn: jnp.sum(fn(v, *s))))
-        for s in sizes:
-            value, derivative = forward(s)
-            assert not np.any(value) and np.all(np.isfinite(derivative))
-            assert np.all(np.isfinite(reverse(zero, s)))
+
+        @jit
+        def derivatives(sizes, fn=getattr(norm, method)):
+            gradient = jax.grad(lambda v: jnp.sum(fn(v, *sizes)))(zero)
+            return jax.jvp(lambda v: fn(v, *sizes), (zero,), (tangent,)), gradient
+
+        for sizes in [(0.0,), (0.5,)] if method in SIZED else [()]:
+            (value, derivative), gradient = derivatives(sizes)
+            assert not np.any(value)
+            assert np.all(np.isfinite(derivative)) and np.all(np.isfinite(gradient))
             if method in ("value", "steepest"):
-                assert not np.any(derivative) and not np.any(reverse(zero, s))
-    from_radius = jax.jit(jax.grad(lambda r, v: jnp.sum(norm.project(v, r))))
+                assert not np.any(derivative) and not np.any(gradient)
+    from_radius = jit(jax.grad(lambda r, v: jnp.sum(norm.project(v, r))))
     assert np.isfinite(from_radius(0.0, zero)) and np.isfinite(from_radius(0.0, tangent))
 
 
@@ -245,18 +251,18 @@ def test_derivatives_at_zero_are_finite(norm):
 def test_derivatives_where_a_coordinate_is_zero_are_finite(norm):
     v, tangent = jnp.array([0.0, 1.0, -2.0, 0.0]), jnp.ones(4)
     for method in ("value", "steepest", *SIZED):
-        fn = functools.partial(call, method, norm, 0)
+        fn = getattr(norm, method)
         s = (0.5,) if method in SIZED else ()
-        derivative = jax.jit(lambda v, fn=fn, s=s: jax.jvp(lambda v: fn(v, *s), (v,), (tangent,)))
+        derivative = jit(lambda v, fn=fn, s=s: jax.jvp(lambda v: fn(v, *s), (v,), (tangent,)))
         assert np.all(np.isfinite(derivative(v)[1]))
 
 
 @every_norm
-@pytest.mark.parametrize("method", ["value", "steepest", "project", "prox_squared"])
+@pytest.mark.parametrize("method", ["steepest", "project", "prox_squared"])
 def test_derivatives_agree_with_finite_differences(norm, method):
     with jax.enable_x64(True):
         v = jnp.array([0.3, -1.1, 0.8, 2.0])
-        sizes = () if method in ("value", "steepest") else (jnp.array(0.7),)
+        sizes = () if method == "steepest" else (jnp.array(0.7),)
         fn = jax.jit(lambda *args: getattr(norm, method)(*args))
         check_grads(fn, (v, *sizes), order=1, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
@@ -360,7 +366,7 @@ def test_a_traced_radius_does_not_recompile():
     assert project._cache_size() == 1
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(jit, static_argnums=(0, 2))
 def draw(method, norm, n, like, radius):
     keys = jax.random.split(jax.random.key(7), n)
     return jax.vmap(lambda key: getattr(norm, method)(key, like, radius))(keys)
@@ -396,7 +402,7 @@ def test_samples_of_the_sphere(norm):
         assert stats.ks_2samp(statistic(v), statistic(ball)).pvalue > 0.01
 
 
-@every_norm
+@one_of_each
 @pytest.mark.parametrize("method", ["sample_ball", "sample_sphere"])
 def test_samples_have_the_form_of_like(norm, method):
     like = {"a": jnp.zeros((2, 2), jnp.bfloat16), "b": jnp.zeros(3)}

@@ -191,7 +191,7 @@ def pgd(
 
         def step(carry, _):
             z, rule_state, best, stopped = carry
-            inside = jnp.clip(z, threat.lower, threat.upper)
+            inside = threat.clip(z)
             gradient, (score, prediction, success) = jax.grad(total, has_aux=True)(inside)
             if not clip_start:
                 gradient = jnp.where(z == inside, gradient, 0)
@@ -214,7 +214,7 @@ def pgd(
             jnp.zeros(n, bool) if early_stop else None,
         )
         (z, _, best, _), (scores, predictions) = jax.lax.scan(step, carry, length=steps)
-        z = jnp.clip(z, threat.lower, threat.upper)  # moves only an unclipped start of no steps
+        z = threat.clip(z)  # moves only an unclipped start of no steps
         if corner:
             z = threat.corner(z, x)
         if not (keep_best or has_aux or restarts > 1):

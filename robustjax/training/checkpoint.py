@@ -41,9 +41,10 @@ def open_checkpoints(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write checkpoints to {directory}: {error}") from error
+        raise ValueError(f"directory {directory} cannot be written: {error.strerror}") from error
 
     def score(metrics: dict[str, float]) -> float:
+        checks.fields("metrics", metrics, (best_metric,))
         return metrics[best_metric]
 
     options = ocp.CheckpointManagerOptions(
@@ -58,8 +59,13 @@ def open_checkpoints(
             ]
         ),
     )
+    # The handler that reads and writes is named, so that it can also tell what a checkpoint holds.
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handler = ocp.StandardCheckpointHandler()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        registry.add("default", args, handler)
     try:
-        return ocp.CheckpointManager(directory, options=options)
+        return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
     except Exception as error:
         raise ValueError(f"checkpoints in {directory} are damaged: {_reason(error)}") from error
 
@@ -88,7 +94,10 @@ def restore(
     """
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
-        raise ValueError(f"no checkpoint of step {step} in {manager.directory}")
+        raise ValueError(
+            f"no checkpoint of step {step} in {manager.directory}, which holds "
+            f"{', '.join(map(str, manager.all_steps())) or 'none'}"
+        )
     key_data = jax.eval_shape(jax.random.key_data, like.key)
     template = jax.tree.map(_abstract, like)._replace(
         key=jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=like.key.sharding)
@@ -98,7 +107,7 @@ def restore(
     except Exception as error:
         raise ValueError(
             f"checkpoint {manager.directory}/{step} is damaged or of another model: "
-            f"{_reason(error)}"
+            f"{_mismatch(manager, step, template) or _reason(error)}"
         ) from error
     key = jax.random.wrap_key_data(stored.key, impl=jax.random.key_impl(like.key))
     return stored._replace(key=key)
@@ -107,7 +116,24 @@ def restore(
 def _reason(error: Exception) -> str:
     """The first line of an error of the storage library, which can run over pages."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150] if lines else ''}"
+    return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
+
+
+def _mismatch(manager: ocp.CheckpointManager, step: int, template: TrainState) -> str | None:
+    """The first array that a checkpoint does not hold as the template has it, in words."""
+    try:
+        held = jax.tree.leaves(manager.item_metadata(step).tree)
+    except Exception:  # damaged as well; the caller reports its own error
+        return None
+    got = {leaf.name: f"{leaf.dtype}{leaf.shape}" for leaf in held}
+    wanted = {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{leaf.shape}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(template)
+    }
+    for name in sorted(wanted | got):
+        if got.get(name) != wanted.get(name):
+            return f"{name} must be {wanted.get(name, 'absent')}, got {got.get(name, 'nothing')}"
+    return None
 
 
 def _storable(state: TrainState) -> TrainState:

@@ -39,11 +39,16 @@ def make_evaluator(
       count. Each host passes all batches and gets the whole result.
 
     Raises:
-      ValueError: an attack is named ``"clean"``; of a call: batch size not divisible by the
-        number of devices, or images that are not finite.
+      ValueError: an attack is named ``"clean"`` or is no function; of a call: no batches, batches
+        that lack a field or differ in shape, a batch size not divisible by the number of devices,
+        images that are not finite or not in [0, 1], labels that are not classes of the model.
     """
+    if not isinstance(attacks, Mapping):
+        raise ValueError(f"attacks must map names to functions, got {checks.shown(attacks)}")
     if "clean" in attacks:
         raise ValueError("attacks must not hold 'clean': that is the name of the unattacked input")
+    for name, attack in attacks.items():
+        checks.function(f"attack {name}", attack)
     mesh = parallel.device_mesh() if mesh is None else mesh
 
     def judge(params: Any, model_state: Any, key: Array, batch: dict[str, Array]):
@@ -55,7 +60,9 @@ def make_evaluator(
             verdicts = {"clean": correct(logits_fn(x), y)}
             for number, (name, attack) in enumerate(attacks.items()):
                 attack_keys = keys.per_example(jax.random.fold_in(key, number), batch["index"])
-                verdicts[name] = correct(logits_fn(attack(logits_fn, attack_keys, x, y)), y)
+                x_adv = attack(logits_fn, attack_keys, x, y)
+                checks.same_shape(f"x_adv, the result of attack {name},", x_adv, "images", x)
+                verdicts[name] = correct(logits_fn(x_adv), y)
         return verdicts
 
     split = parallel.SPLIT
@@ -63,19 +70,40 @@ def make_evaluator(
         judge, mesh, in_specs=(*[parallel.REPLICATED] * 3, split), out_specs=split
     )
 
+    def class_count(params: Any, model_state: Any, x: np.ndarray) -> int:
+        logits, _ = jax.eval_shape(
+            lambda params, model_state, x: model_fn(params, model_state, x, False, None),
+            params,
+            model_state,
+            x,
+        )
+        if logits.ndim != 2:
+            raise ValueError(f"model_fn must return logits (n, K), got shape {logits.shape}")
+        return logits.shape[1]
+
     def evaluate(
         params: Any, model_state: Any, key: Array, batches: Iterable[dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        key = parallel.replicate(key, mesh)
+        key = parallel.replicate(keys.check_one(key), mesh)
         verdicts, masks = [], []
         for batch in batches:
-            rows = len(batch["label"])
-            parallel.local_batch_size(rows, mesh)
+            checks.fields("batch", batch, ("image", "label", "index", "mask"))
             checks.images("images", batch["image"])
+            if not masks:
+                first, classes = batch["image"], class_count(params, model_state, batch["image"])
+            checks.same_shape("images", batch["image"], "the first batch", first)
+            parallel.local_batch_size(len(first), mesh)
+            checks.labels("label", batch["label"], num_classes=classes)
+            for name in ("label", "index", "mask"):
+                checks.per_example(name, batch[name], len(first))
+            if batch["mask"].dtype != bool:
+                raise ValueError(f"mask must be bool, got {batch['mask'].dtype}")
             masks.append(batch["mask"])
             share = {name: batch[name] for name in ("image", "label", "index")}
             share = jax.tree.map(lambda x: x[parallel.own_rows(len(x), mesh)], share)
             verdicts.append(compiled(params, model_state, key, parallel.split(share, mesh)))
+        if not masks:
+            raise ValueError("batches must hold at least one batch, got none")
         mask = np.concatenate(masks)
         verdicts = [parallel.to_host(v) for v in verdicts]
         names = ("clean", *attacks)
@@ -93,8 +121,13 @@ def adversarial_panel(
     Returns:
       ``image``, ``adversarial`` ``(n, h, w, c)``; ``label``, ``prediction``,
       ``adversarial_prediction`` ``(n,)``.
+
+    Raises:
+      ValueError: ``x`` are no images in [0, 1], or the attack does not return such images alone.
     """
+    checks.images("x", x)
     x_adv = jax.jit(lambda key, x, y: attack(logits_fn, key, x, y))(key, x, y)
+    checks.same_shape("x_adv, the result of attack,", x_adv, "x", x)
     predict = jax.jit(lambda x: jnp.argmax(logits_fn(x), axis=-1))
     return {
         "image": np.asarray(x),

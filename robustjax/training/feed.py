@@ -5,6 +5,7 @@ and make one global batch of a step the same whatever the number of devices and 
 that ``advance`` is given is donated: go on with the one that it returns.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from robustjax import data
+from robustjax import checks, data, keys
 from robustjax.training import parallel
 from robustjax.training.loop import Advance
 from robustjax.training.step import Step, several_resident_steps, several_steps
@@ -31,8 +32,11 @@ def resident(
       mesh: devices.
 
     Raises:
-      ValueError: the batch does not divide over the devices or exceeds the data set.
+      ValueError: the batch does not divide over the devices or exceeds the data set, or ``key`` is
+        not a single typed key.
     """
+    keys.check_one(key)
+    data.steps_per_epoch(len(dataset.label), batch_size)
     parallel.local_batch_size(batch_size, mesh)
     arrays = parallel.replicate({"image": dataset.image, "label": dataset.label}, mesh)
     steps = parallel.parallel(
@@ -72,7 +76,13 @@ def streamed(
         from a step on, as ``robustjax.data.host_batches`` does with ``start_step``.
       steps_per_epoch: to count steps over the run.
       mesh: devices.
+
+    Raises:
+      ValueError: ``steps_per_epoch < 1``; later, if the batches end before the run does, or one
+        does not divide over the devices.
     """
+    checks.function("batches_from", batches_from)
+    checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
     steps = parallel.parallel(
         several_steps(step),
         mesh,
@@ -87,7 +97,12 @@ def streamed(
         if stream["at"] != at:
             stream["batches"] = batches_from(at)
         stream["at"] = at + count
-        share = [next(stream["batches"]) for _ in range(count)]
+        share = list(itertools.islice(stream["batches"], count))
+        if len(share) < count:
+            raise ValueError(
+                f"batches_from must give batches without end, got only {len(share)} of {count} "
+                f"from step {at} on"
+            )
         stacked = jax.tree.map(lambda *x: np.stack(x), *share)
         return steps(state, parallel.split(stacked, mesh, parallel.SPLIT_SECOND))
 

@@ -24,6 +24,8 @@ SPLIT_SECOND = P(None, AXIS)  # steps on the first axis, examples on the second
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-dimensional mesh, axis ``"data"``, over the devices; default: all of all hosts."""
+    if devices is not None and not len(devices):
+        raise ValueError(f"devices must hold at least one device, got {devices}")
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
 
 

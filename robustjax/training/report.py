@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from robustjax import checks
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
@@ -64,7 +66,7 @@ def open_workdir(
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"workdir {workdir} cannot be written: {error}") from error
+        raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}") from error
     path = workdir / CONFIG
     if not path.exists():
         others = sorted(p.name for p in workdir.iterdir() if not p.name.endswith(".partial"))
@@ -79,15 +81,12 @@ def open_workdir(
             "or another workdir"
         )
     else:
-        try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        old = _read_object(str(path), _read_text(path))
         for name in sorted({*old, *config} - {*may_change}):
             if old.get(name) != config.get(name):
                 raise ValueError(
-                    f"workdir {workdir} holds a run with {name}={old.get(name)!r}, "
-                    f"got {name}={config.get(name)!r}"
+                    f"workdir {workdir} holds a run with {name}={checks.shown(old.get(name))}, "
+                    f"got {name}={checks.shown(config.get(name))}"
                 )
     if is_writer():
         write_json(path, config)
@@ -110,9 +109,12 @@ class MetricsWriter:
         path = Path(workdir) / METRICS
         kept = [r for r in read_metrics(workdir) if r["step"] <= from_step]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
-        self._lines = path.open("a")
+        try:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.replace(path)
+            self._lines = path.open("a")
+        except OSError as error:
+            raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}") from error
         self._events = SummaryWriter(
             str(Path(workdir) / "tensorboard"), purge_step=from_step + 1, flush_secs=30
         )
@@ -139,19 +141,44 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, oldest first, without a last line that a crash cut off."""
+    """The records of ``metrics.jsonl``, oldest first, without a last line that a crash cut off.
+
+    Raises:
+      ValueError: another line is damaged.
+    """
     path = Path(workdir) / METRICS
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = _read_text(path).splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number != len(lines):
-                raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
+            record = _read_object(f"{path} line {number}", line)
+        except ValueError:
+            if number < len(lines):
+                raise
+            break
+        checks.fields(f"{path} line {number}", record, ("step", "split"))
+        checks.integer(f"step in {path} line {number}", record["step"])
+        records.append(record)
     return records
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError as error:
+        raise ValueError(f"{path} must be a readable file: {error.strerror}") from error
+
+
+def _read_object(where: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, got {checks.shown(text)}")
+    return value
 
 
 class Progress:

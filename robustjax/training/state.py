@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from robustjax import keys
+from robustjax import checks, keys
 from robustjax.gradients import Oracle, plain
 
 
@@ -49,8 +49,9 @@ def create_state(
       oracle: gradient oracle; default ``plain()``.
 
     Raises:
-      ValueError: ``key`` is not a typed key.
+      ValueError: ``key`` is not a single typed key, or ``optimizer`` no optax transform.
     """
+    checks.transform("optimizer", optimizer)
     oracle = plain() if oracle is None else oracle
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -58,7 +59,7 @@ def create_state(
         model_state=model_state,
         opt_state=optimizer.init(params),
         oracle_state=oracle.init(params),
-        key=keys.check(key),
+        key=keys.check_one(key),
     )
 
 

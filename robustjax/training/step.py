@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from robustjax import keys
+from robustjax import checks, keys
 from robustjax.gradients import Oracle, plain
 from robustjax.objectives import ModelFn, Objective
 from robustjax.training.state import TrainState
@@ -48,12 +48,26 @@ def train_step(
       comes from its index, so that the step does not depend on how the batch is split. Metrics are
       float32 scalars: the means of those of the objective, and ``grad_norm``, the l_2 norm of the
       gradient.
+
+    Raises:
+      ValueError: a part is of another kind; when tracing, a batch that lacks a field or whose
+        shapes or dtypes do not fit.
     """
+    checks.function("model_fn", model_fn)
+    checks.function("objective", objective)
+    checks.transform("optimizer", optimizer)
     oracle = plain() if oracle is None else oracle
+    if not isinstance(oracle, Oracle):
+        raise ValueError(f"oracle must be an Oracle such as plain(), got {checks.shown(oracle)}")
+    if augment is not None:
+        checks.function("augment", augment)
     grad_fn = oracle.oracle(objective(model_fn))
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        checks.fields("batch", batch, ("image", "label", "index"))
+        checks.batch(batch["image"], batch["label"], x_name="image", y_name="label")
+        checks.per_example("index", checks.integers("index", batch["index"]), len(batch["label"]))
         key = jax.random.fold_in(state.key, state.step)
         augment_key, loss_key = jax.random.split(key)
         batch = {**batch, "step": state.step}
