@@ -231,9 +231,10 @@ def test_agreement_with_optax():
 def test_derivatives_at_zero_are_finite(norm):
     zero, tangent = jnp.zeros(4), jnp.arange(4.0)
     for method in ("value", "steepest", *SIZED):
+        fn = getattr(norm, method)
 
         @jit
-        def derivatives(sizes, fn=getattr(norm, method)):
+        def derivatives(sizes, fn=fn):
             gradient = jax.grad(lambda v: jnp.sum(fn(v, *sizes)))(zero)
             return jax.jvp(lambda v: fn(v, *sizes), (zero,), (tangent,)), gradient
 
