@@ -19,7 +19,7 @@ NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 setup(
     name="robustjax",
     version=VERSION,
-    description="Adversarial robustness, robust optimization, generalisation and calibration in JAX",
+    description="Adversarial robustness, robust optimization and calibration in JAX",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

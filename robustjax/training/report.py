@@ -59,10 +59,12 @@ def open_workdir(
         and ``resume`` is off, or its run has other settings.
     """
     workdir = Path(workdir)
+    if not is_writer():  # it would race with the one that makes the folder
+        return workdir
     config = _plain(dict(config))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe-{jax.process_index()}"
+        probe = workdir / ".probe"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -88,8 +90,7 @@ def open_workdir(
                     f"workdir {workdir} holds a run with {name}={checks.shown(old.get(name))}, "
                     f"got {name}={checks.shown(config.get(name))}"
                 )
-    if is_writer():
-        write_json(path, config)
+    write_json(path, config)
     return workdir
 
 

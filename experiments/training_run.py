@@ -1,0 +1,298 @@
+"""One training run from its settings: build the parts, train, validate, evaluate, report."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import choices
+from experiments.training_settings import Settings
+from robustjax import attacks, checks, data, losses, models, objectives, training
+from robustjax.threat import ThreatModel
+from robustjax.training import checkpoint, feed, figures, parallel, report
+
+
+def load_split(settings: Settings, split: str) -> data.Dataset | data.Source:
+    """A split of the settings' data set: in memory, or read from disk example by example."""
+    read = data.load if settings.placement == "device" else data.load_source
+    return read(
+        settings.dataset,
+        split,
+        data_dir=settings.data_dir,
+        validation_size=settings.validation_size,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What settings build: the functions of a run."""
+
+    model: models.Model
+    exact_model: models.Model
+    optimizer: optax.GradientTransformation
+    step: Any
+    threat: ThreatModel
+    steps_per_epoch: int
+
+
+def build(settings: Settings, objective: str, train_size: int, num_classes: int) -> Parts:
+    """Turns the names of the settings into functions; computes nothing."""
+    threat = ThreatModel(choices.NORMS[settings.norm], settings.eps)
+
+    def model(dtype):
+        make = choices.MODELS[settings.model]
+        return models.from_linen(make(num_classes, settings.width, settings.normalization, dtype))
+
+    steps_per_epoch = data.steps_per_epoch(train_size, settings.batch_size)
+    optimizer = choices.make_optimizer(
+        settings.optimizer,
+        choices.make_schedule(
+            settings.schedule,
+            learning_rate=settings.learning_rate,
+            epochs=settings.epochs,
+            steps_per_epoch=steps_per_epoch,
+            milestones=settings.milestones,
+            decay=settings.decay,
+        ),
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+    def objective_at(scale):
+        """The objective with radius and step scaled, for the warm-up."""
+        size = settings.attack_step_size
+        size = None if size is None else scale * size
+        now = ThreatModel(threat.norm, scale * settings.eps)
+        attack = choices.make_attack(
+            settings.attack,
+            now,
+            steps=settings.attack_steps,
+            step_size=size,
+            start=settings.attack_start,
+        )
+        return choices.make_objective(
+            objective,
+            now,
+            attack,
+            steps=settings.attack_steps,
+            step_size=size,
+            beta=settings.beta,
+            attack_mode=settings.attack_mode,
+        )
+
+    warmup = settings.eps_warmup * steps_per_epoch
+    growth = optax.linear_schedule(0.0, 1.0, warmup)
+    compute_model = model(choices.PRECISIONS[settings.precision])
+    step = training.train_step(
+        compute_model.apply,
+        objectives.scheduled(objective_at, growth) if warmup else objective_at(1.0),
+        optimizer,
+        augment=data.crop_and_flip(4) if settings.augmentation == "crop_and_flip" else None,
+        axis_name=parallel.AXIS,
+    )
+    return Parts(compute_model, model(jnp.float32), optimizer, step, threat, steps_per_epoch)
+
+
+def test_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.Attack]:
+    """The attacks of the final evaluation: that of validation, and PGD with restarts.
+
+    An example counts as robust only if it withstands every restart.
+    """
+    restarted = attacks.pgd(
+        threat,
+        steps=settings.test_steps,
+        step_size=threat.eps / 4,
+        restarts=settings.test_restarts,
+        select="any",
+    )
+    return {
+        **validation_attacks(settings, threat),
+        f"pgd{settings.test_steps}-{settings.test_restarts}": restarted,
+    }
+
+
+def validation_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.Attack]:
+    """PGD on the margin loss, as in Dabouei et al. (2022), section 4.1: steps of eps / 10."""
+    attack = attacks.pgd(
+        threat, steps=settings.validation_steps, step_size=threat.eps / 10, loss=losses.margin
+    )
+    return {f"pgd{settings.validation_steps}": attack}
+
+
+def run_objective(
+    settings: Settings, objective: str, splits: Mapping[str, data.Dataset], workdir: Path
+) -> dict[str, Any]:
+    """Trains and evaluates one model; returns what ``results.json`` holds."""
+    mesh = parallel.device_mesh()
+    train = splits["train"]
+    parts = build(settings, objective, len(train), train.num_classes)
+    began = time.monotonic()
+    init_key, run_key, order_key, test_key = jax.random.split(jax.random.key(settings.seed), 4)
+    image_shape = np.asarray(train[0]["image"]).shape
+    params, model_state = jax.jit(lambda key: parts.model.init(key, jnp.zeros((1, *image_shape))))(
+        init_key
+    )
+    fresh = training.create_state(params, model_state, parts.optimizer, run_key)
+    fresh = parallel.replicate(fresh, mesh)
+
+    report.print_lines(
+        f"{objective}: {settings.model}, {training.parameter_count(params):,} parameters; "
+        f"{len(train):,} training images, {parts.steps_per_epoch} steps an epoch, "
+        f"{settings.epochs} epochs; {mesh.size} x {mesh.devices.flat[0].device_kind}"
+    )
+    chosen_by = "clean" if objective == "standard" else f"pgd{settings.validation_steps}"
+    validate = training.make_evaluator(
+        parts.exact_model.apply, validation_attacks(settings, parts.threat), mesh
+    )
+    total = settings.epochs * parts.steps_per_epoch
+    with checkpoint.open_checkpoints(workdir / "checkpoints", best_metric=chosen_by) as manager:
+        resumed = settings.resume and manager.latest_step() is not None
+        state = checkpoint.restore(manager, fresh) if resumed else fresh
+        progress = report.Progress(total, start=int(state.step), label=objective)
+        with report.MetricsWriter(workdir, from_step=int(state.step)) as writer:
+
+            def on_dispatch(step: int, metrics: dict[str, np.ndarray]) -> None:
+                means = {name: float(values.mean()) for name, values in metrics.items()}
+                writer.write(step, "train", means)
+                progress(step, {name: means[name] for name in ("loss",)})
+
+            def on_epoch(epoch: int, state: training.TrainState) -> None:
+                if epoch % settings.checkpoint_every and epoch != settings.epochs:
+                    return
+                verdicts = validate(
+                    state.params,
+                    state.model_state,
+                    test_key,
+                    data.eval_batches(splits["validation"], settings.test_batch_size),
+                )
+                accuracies = {name: float(v.mean()) for name, v in verdicts.items()}
+                writer.write(int(state.step), "validation", accuracies)
+                progress(int(state.step), accuracies, keep=True)
+                checkpoint.save(manager, state, accuracies)
+
+            last = training.fit(
+                state,
+                _advance(settings, parts, train, order_key, mesh),
+                epochs=settings.epochs,
+                steps_per_epoch=parts.steps_per_epoch,
+                dispatch=training.steps_per_dispatch(parts.steps_per_epoch, settings.dispatch),
+                on_dispatch=on_dispatch,
+                on_epoch=on_epoch,
+            )
+        manager.wait_until_finished()
+        best_step = manager.best_step()
+        best = last
+        if best_step is not None and best_step != int(last.step):
+            best = checkpoint.restore(manager, fresh, step=best_step)
+
+    evaluate = training.make_evaluator(
+        parts.exact_model.apply, test_attacks(settings, parts.threat), mesh
+    )
+    results: dict[str, Any] = {
+        "objective": objective,
+        "parameters": training.parameter_count(params),
+        "chosen_by": chosen_by,
+        "test_examples": len(splits["test"]),
+    }
+    for name, state in {"best": best, "last": last}.items():
+        if name == "last" and int(best.step) == int(last.step):
+            results["last"] = results["best"]
+            continue
+        test = data.eval_batches(splits["test"], settings.test_batch_size)
+        verdicts = evaluate(state.params, state.model_state, test_key, test)
+        results[name] = {
+            "step": int(state.step),
+            **{attack: float(correct.mean()) for attack, correct in verdicts.items()},
+        }
+    results["seconds"] = round(time.monotonic() - began, 1)
+    results["versions"] = {m.__name__: m.__version__ for m in (jax, flax, optax)}
+    results["devices"] = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    if report.is_writer():
+        figures.training_curves(
+            report.read_metrics(workdir), workdir / "curves.png", title=f"{objective} training"
+        )
+        _panel(settings, objective, parts, best, splits["test"], test_key, workdir)
+        report.write_json(workdir / "results.json", results)
+    return results
+
+
+def _advance(settings, parts, train, key, mesh):
+    if settings.placement == "device":
+        return feed.resident(parts.step, train, key=key, batch_size=settings.batch_size, mesh=mesh)
+    return feed.streamed(
+        parts.step,
+        lambda start: data.host_batches(
+            train, batch_size=settings.batch_size, seed=settings.seed, start_step=start
+        ),
+        steps_per_epoch=parts.steps_per_epoch,
+        mesh=mesh,
+    )
+
+
+def _panel(settings, objective, parts, state, test, key, workdir) -> None:
+    params, model_state = parallel.to_host((state.params, state.model_state))
+    shown = [test[i] for i in range(min(8, len(test)))]
+    images = jnp.asarray(data.as_float(np.stack([example["image"] for example in shown])))
+    labels = jnp.asarray([int(example["label"]) for example in shown], jnp.int32)
+    attack = attacks.pgd(parts.threat, steps=settings.test_steps, step_size=parts.threat.eps / 4)
+    logits_fn = models.eval_logits(parts.exact_model.apply, params, model_state)
+    panel = training.adversarial_panel(logits_fn, attack, key, images, labels)
+    title = f"{objective}: PGD-{settings.test_steps}, {settings.norm}, eps = {settings.eps:.4g}"
+    figures.image_panel(panel, workdir / "panel.png", title=title)
+
+
+def dry_run(settings: Settings) -> None:
+    """Builds everything abstractly, checks shapes and prints what a run would cost."""
+    if settings.dataset in choices.DATA_FACTS:
+        facts = choices.DATA_FACTS[settings.dataset]
+        held_out = settings.validation_size or 0
+        checks.integer("validation_size", held_out, at_most=facts.train_size - 1)
+        train_size = facts.train_size - held_out
+    else:
+        train = load_split(settings, "train")
+        image_shape = np.asarray(train[0]["image"]).shape
+        facts = choices.DataFacts(image_shape, train.num_classes, len(train))
+        train_size = len(train)
+    rows = []
+    for objective in settings.objective:
+        parts = build(settings, objective, train_size, facts.num_classes)
+        n = settings.batch_size
+        image = jax.ShapeDtypeStruct((n, *facts.image_shape), jnp.float32)
+        integers = jax.ShapeDtypeStruct((n,), jnp.int32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params, model_state = jax.eval_shape(parts.model.init, key, image)
+        state = jax.eval_shape(
+            lambda p, s, k, parts=parts: training.create_state(p, s, parts.optimizer, k),
+            params,
+            model_state,
+            key,
+        )
+        batch = {"image": image, "label": integers, "index": integers}
+        # The step names the mesh axis; vmap over one device's share binds it without devices.
+        per_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
+        step = jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS)
+        flops = training.count_flops(step, state, per_device)
+        total = settings.epochs * parts.steps_per_epoch
+        rows.append(
+            [
+                objective,
+                settings.model,
+                f"{training.parameter_count(params):,}",
+                f"{total:,} ({settings.epochs} x {parts.steps_per_epoch})",
+                f"{flops:.3e}",
+                f"{flops * total:.3e}",
+            ]
+        )
+    report.print_table(
+        f"Dry run: {settings.dataset}, batch {settings.batch_size}, {settings.norm} "
+        f"eps = {settings.eps:.4g}",
+        ["objective", "model", "parameters", "steps", "FLOPs a step", "FLOPs of training"],
+        rows,
+    )

@@ -1,0 +1,125 @@
+"""The settings of a training run, shared by the entry points that train: fields, flags, checks."""
+
+import dataclasses
+
+from experiments import choices, command_line
+from experiments.command_line import setting
+from robustjax import checks
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All there is to set, checked when it is made. The defaults are those of ``--preset=paper``.
+
+    Raises:
+      ValueError: a setting is out of range or not among its choices. What depends on the data or
+        the devices is checked before a run begins.
+    """
+
+    # fmt: off
+    dataset: str = setting(
+        "cifar10", "digits, mnist5k, npz:FILE, folder:DIR or a TFDS name such as cifar10", "data")
+    data_dir: str | None = setting(None, "where TFDS sets are prepared", "data")
+    validation_size: int | None = setting(
+        1000, "examples held out of the training set; None: what comes with the set", "data",
+        unit="examples")
+    augmentation: str = setting(
+        "crop_and_flip", "per-example augmentation", "data", choices=("none", "crop_and_flip"))
+    placement: str = setting(
+        "device", "where the training set lives", "data", choices=("device", "host"))
+    model: str = setting("preact_resnet18", "architecture", "model", choices=tuple(choices.MODELS))
+    width: int | None = setting(
+        None, "base width (widening factor of wrn); None: the published one", "model",
+        unit="channels")
+    normalization: str = setting(
+        "batch", "normalisation layers of residual networks", "model",
+        choices=("batch", "group", "none"))
+    precision: str = setting(
+        "bfloat16", "computation in training; parameters, statistics and evaluation are float32",
+        "model", choices=tuple(choices.PRECISIONS))
+    objective: tuple[str, ...] = setting(
+        ("madry",), "what is minimised; several, by commas, train side by side", "objective",
+        choices=choices.OBJECTIVES)
+    beta: float = setting(6.0, "weight of the divergence in TRADES", "objective")
+    norm: str = setting(
+        "linf", "norm of the threat model", "threat model", choices=tuple(choices.NORMS))
+    eps: float = setting(8 / 255, "radius of the threat model", "threat model", unit="input units")
+    eps_warmup: int = setting(
+        0, "training starts at radius 0, which grows linearly to eps over these", "threat model",
+        unit="epochs")
+    attack: str = setting("pgd", "attack in training (madry)", "attack", choices=choices.ATTACKS)
+    attack_steps: int = setting(10, "steps of the attack in training", "attack")
+    attack_step_size: float | None = setting(
+        2 / 255, "length of a step; None: that of the attack", "attack", unit="input units")
+    attack_start: str = setting(
+        "uniform", "where PGD starts in training", "attack", choices=("zero", "uniform"))
+    attack_mode: str = setting(
+        "eval", "mode of the model during the attack in training", "attack",
+        choices=("eval", "train"))
+    optimizer: str = setting("sgd", "optimizer", "optimizer", choices=choices.OPTIMIZERS)
+    learning_rate: float = setting(0.1, "largest learning rate", "optimizer")
+    momentum: float = setting(0.9, "momentum of sgd", "optimizer")
+    weight_decay: float = setting(5e-4, "weight decay, coupled (but for adamw)", "optimizer")
+    schedule: str = setting(
+        "piecewise", "schedule of the learning rate", "optimizer", choices=choices.SCHEDULES)
+    milestones: tuple[int, ...] = setting(
+        (75, 90), "where a piecewise schedule falls", "optimizer", unit="epochs")
+    decay: float = setting(0.1, "factor at a milestone", "optimizer")
+    epochs: int = setting(120, "passes over the training set", "run", unit="epochs")
+    batch_size: int = setting(128, "global batch size", "run", unit="examples")
+    seed: int = setting(0, "seed of everything random", "run")
+    workdir: str = setting(
+        "runs/adversarial_training/paper", "folder of the results, new or to --resume", "run")
+    resume: bool = setting(False, "go on with the run in workdir, if there is one", "run")
+    dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
+    dispatch: int = setting(50, "training steps per call of the compiled function, at most", "run")
+    checkpoint_every: int = setting(1, "validation and checkpoint", "run", unit="epochs")
+    validation_steps: int = setting(
+        20, "steps of PGD on the validation set, of length eps/10, on the margin loss",
+        "evaluation")
+    test_steps: int = setting(
+        50, "steps of PGD on the test set, of length eps/4", "evaluation")
+    test_restarts: int = setting(10, "restarts of PGD on the test set", "evaluation")
+    test_batch_size: int = setting(
+        1000, "batch size of evaluation", "evaluation", unit="examples")
+    distributed: bool = setting(
+        False, "start jax.distributed: one process per host, same flags on each", "hosts")
+    coordinator_address: str | None = setting(
+        None, "HOST:PORT of the first process; None: found by JAX on TPU and Slurm", "hosts")
+    num_processes: int | None = setting(None, "number of processes; None: found by JAX", "hosts")
+    process_id: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
+    # fmt: on
+
+    def __post_init__(self):
+        command_line.check_choices(self)
+        if len(set(self.objective)) < len(self.objective):
+            raise ValueError(f"objective must name each one once, got {','.join(self.objective)}")
+        for name in ("attack_steps", "validation_steps", "test_steps", "epochs", "eps_warmup"):
+            checks.integer(name, getattr(self, name))
+        for name in (
+            "batch_size", "test_batch_size", "test_restarts", "dispatch", "checkpoint_every",
+        ):  # fmt: skip
+            checks.integer(name, getattr(self, name), at_least=1)
+        checks.integer("seed", self.seed, at_most=2**32 - 1)
+        if self.width is not None:
+            checks.integer("width", self.width, at_least=1)
+        if self.validation_size is not None:
+            checks.integer("validation_size", self.validation_size)
+        for name in ("eps", "beta", "weight_decay", "decay"):
+            checks.number(name, getattr(self, name), at_least=0)
+        if self.attack_step_size is not None:
+            checks.number("attack_step_size", self.attack_step_size, at_least=0)
+        checks.number("learning_rate", self.learning_rate, above=0)
+        checks.number("momentum", self.momentum, at_least=0, below=1)
+        for before, epoch in zip((0, *self.milestones), self.milestones, strict=False):
+            if checks.integer("milestones", epoch) <= before:
+                raise ValueError(f"milestones must rise from 1 on, got {self.milestones}")
+        for name in ("coordinator_address", "num_processes", "process_id"):
+            if getattr(self, name) is not None and not self.distributed:
+                raise ValueError(f"{name} needs distributed, got {getattr(self, name)} without it")
+
+
+# Settings that say where and how a run is started, not what it computes: they may change when it is
+# resumed.
+NOT_OF_THE_RUN = ("workdir", "resume", "dry_run", "data_dir", "distributed", "coordinator_address",
+                  "num_processes", "process_id")  # fmt: skip
