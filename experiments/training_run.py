@@ -238,7 +238,8 @@ def _advance(settings, parts, train, key, mesh):
 
 def _panel(settings, objective, parts, state, test, key, workdir) -> None:
     params, model_state = parallel.to_host((state.params, state.model_state))
-    shown = [test[i] for i in range(min(8, len(test)))]
+    # Spread over the set, which may be sorted by class.
+    shown = [test[int(i)] for i in np.linspace(0, len(test) - 1, min(8, len(test)))]
     images = jnp.asarray(data.as_float(np.stack([example["image"] for example in shown])))
     labels = jnp.asarray([int(example["label"]) for example in shown], jnp.int32)
     attack = attacks.pgd(parts.threat, steps=settings.test_steps, step_size=parts.threat.eps / 4)
