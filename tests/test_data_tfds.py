@@ -3,7 +3,9 @@
 The set is prepared in a subprocess, which alone imports TensorFlow.
 """
 
+import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_shapes
 
+from experiments import adversarial_training
 from robustjax import data
 
 HERE = pathlib.Path(__file__).parent
@@ -166,3 +169,31 @@ def test_sets_that_cannot_be_used_are_refused(plain_calls, data_dir):
         data.load("tiny_shapes", "train", data_dir=f"{data_dir}/records")
     with pytest.raises(ValueError, match=r"validation_size must be below .*, 40, got 1000"):
         data.load("tiny_shapes", "train", data_dir=data_dir)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_prepared_set_is_trained_on_by_its_name(data_dir, tmp_path, placement):
+    """The entry point on eight devices, gathered on the device and streamed from the files."""
+    settings = dataclasses.replace(
+        adversarial_training.PRESETS["small"],
+        dataset="tiny_shapes",
+        data_dir=data_dir,
+        validation_size=8,
+        placement=placement,
+        objective=("madry",),
+        model="linear",
+        epochs=2,
+        checkpoint_every=1,
+        batch_size=16,
+        test_batch_size=16,
+        test_steps=1,
+        test_restarts=1,
+        validation_steps=1,
+        attack_steps=1,
+        workdir=str(tmp_path / "run"),
+    )
+    adversarial_training.main(settings)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["madry"]
+    assert results["last"]["step"] == 2 * ((40 - 8) // 16)
+    assert results["test_examples"] == 20
+    assert 0 <= results["best"]["pgd1"] <= results["best"]["clean"] <= 1

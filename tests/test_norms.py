@@ -227,34 +227,29 @@ def test_agreement_with_optax():
 
 
 @every_norm
-def test_derivatives_at_zero_are_finite(norm):
-    zero, tangent = jnp.zeros(4), jnp.arange(4.0)
-    for method in ("value", "steepest", *SIZED):
-        fn = getattr(norm, method)
+@pytest.mark.parametrize("method", ["value", "steepest", *SIZED])
+def test_derivatives_at_zero_are_finite(norm, method):
+    zero, some_zeros, tangent = jnp.zeros(4), jnp.array([0.0, 1.0, -2.0, 0.0]), jnp.ones(4)
+    fn = getattr(norm, method)
 
-        @jit
-        def derivatives(sizes, fn=fn):
-            gradient = jax.grad(lambda v: jnp.sum(fn(v, *sizes)))(zero)
-            return jax.jvp(lambda v: fn(v, *sizes), (zero,), (tangent,)), gradient
+    @jit
+    def derivatives(v, sizes):
+        gradient = jax.grad(lambda v: jnp.sum(fn(v, *sizes)))(v)
+        return *jax.jvp(lambda v: fn(v, *sizes), (v,), (tangent,)), gradient
 
-        for sizes in [(0.0,), (0.5,)] if method in SIZED else [()]:
-            (value, derivative), gradient = derivatives(sizes)
-            assert not np.any(value)
-            assert np.all(np.isfinite(derivative)) and np.all(np.isfinite(gradient))
-            if method in ("value", "steepest"):
-                assert not np.any(derivative) and not np.any(gradient)
-    from_radius = jit(jax.grad(lambda r, v: jnp.sum(norm.project(v, r))))
-    assert np.isfinite(from_radius(0.0, zero)) and np.isfinite(from_radius(0.0, tangent))
+    for sizes in [(0.0,), (0.5,)] if method in SIZED else [()]:
+        value, derivative, gradient = derivatives(zero, sizes)
+        assert not np.any(value)
+        if method in ("value", "steepest"):
+            assert not np.any(derivative) and not np.any(gradient)
+        for result in (derivative, gradient, *derivatives(some_zeros, sizes)):
+            assert np.all(np.isfinite(result))
 
 
 @every_norm
-def test_derivatives_where_a_coordinate_is_zero_are_finite(norm):
-    v, tangent = jnp.array([0.0, 1.0, -2.0, 0.0]), jnp.ones(4)
-    for method in ("value", "steepest", *SIZED):
-        fn = getattr(norm, method)
-        s = (0.5,) if method in SIZED else ()
-        derivative = jit(lambda v, fn=fn, s=s: jax.jvp(lambda v: fn(v, *s), (v,), (tangent,)))
-        assert np.all(np.isfinite(derivative(v)[1]))
+def test_derivatives_at_radius_zero_are_finite(norm):
+    slope = jit(jax.grad(lambda radius, v: jnp.sum(norm.project(v, radius))))
+    assert np.isfinite(slope(0.0, jnp.zeros(4))) and np.isfinite(slope(0.0, jnp.arange(4.0)))
 
 
 @every_norm
@@ -298,14 +293,16 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(norm):
         np.testing.assert_allclose(narrow.astype(jnp.float32), wide, atol=1e-3, rtol=2**-8)
 
 
-@pytest.mark.parametrize("norm", [L2(), Lp(1.5), Lp(3), Lp(20)], ids=lambda norm: norm.name)
+@pytest.mark.parametrize("norm", [L2(), Lp(1.5), Lp(3)], ids=lambda norm: norm.name)
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_extreme_magnitudes_neither_underflow_nor_overflow(norm, factor):
-    v = vectors()[0]
-    np.testing.assert_allclose(norm.value(factor * v), factor * norm.value(v), rtol=1e-5)
-    np.testing.assert_allclose(norm.steepest(factor * v), norm.steepest(v), atol=1e-5)
-    w = factor * norm.project(v, 0.5)
-    np.testing.assert_allclose(norm.project(factor * v, factor * 0.5), w, rtol=1e-5)
+    v = vectors()
+    length, direction = call("value", norm, 1, v), call("steepest", norm, 1, v)
+    np.testing.assert_allclose(call("value", norm, 1, factor * v), factor * length, rtol=1e-5)
+    np.testing.assert_allclose(call("steepest", norm, 1, factor * v), direction, atol=1e-5)
+    w = factor * call("project", norm, 1, v, many(0.5))
+    scaled = call("project", norm, 1, factor * v, many(factor * 0.5))
+    np.testing.assert_allclose(scaled, w, rtol=1e-5, atol=1e-6 * factor)
 
 
 @every_norm
@@ -412,7 +409,7 @@ def test_samples_of_the_sphere(norm):
         assert stats.ks_2samp(statistic(v), statistic(ball)).pvalue > 0.01
 
 
-@one_of_each
+@pytest.mark.parametrize("norm", NORMS[:3], ids=lambda norm: norm.name)
 @pytest.mark.parametrize("method", ["sample_ball", "sample_sphere"])
 def test_samples_have_the_form_of_like(norm, method):
     like = {"a": jnp.zeros((2, 2), jnp.bfloat16), "b": jnp.zeros(3)}

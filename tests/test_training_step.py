@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from robustjax import data, models
 from robustjax.attacks import pgd
+from robustjax.losses import cross_entropy
 from robustjax.norms import L2, LInf
 from robustjax.objectives import madry, scheduled, standard, trades, trades_attack
 from robustjax.optim import sign_gd
@@ -143,19 +145,47 @@ def test_the_same_step_under_pmap():
     assert_trees_close(state.params, expected.params, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_of_another_kind_trains_as_well():
-    """A plain function of parameters, without Flax."""
+class NNXNetwork(nnx.Module):
+    """A network of Flax's other interface, with statistics."""
 
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(64, momentum=0.9, rngs=rngs)
+        self.head = nnx.Linear(64, K, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(x.reshape(len(x), -1)))
+
+
+def nnx_model():
+    model, params, model_state = models.from_nnx(NNXNetwork(nnx.Rngs(0)))
+    return model.apply, params, model_state
+
+
+def bare_function():
     def model_fn(params, model_state, x, train, key):
         return x.reshape(len(x), -1) @ params, model_state
 
-    step = jax.jit(train_step(model_fn, OBJECTIVES["madry"], optax.sgd(0.1)))
-    state = create_state(jnp.zeros((64, K)), {}, optax.sgd(0.1), KEY)
+    return model_fn, jnp.zeros((64, K)), {}
+
+
+@pytest.mark.parametrize("make", [nnx_model, bare_function])
+def test_a_model_of_another_kind_trains_and_is_attacked_as_well(make):
+    model_fn, params, model_state = make()
+    optimizer = optax.adam(0.02)
+    step = jax.jit(train_step(model_fn, OBJECTIVES["madry"], optimizer))
+    state = create_state(params, model_state, optimizer, KEY)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         state, metrics = step(state, BATCH)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.05
+    logits_fn = models.eval_logits(model_fn, state.params, state.model_state)
+    x, y = BATCH["image"], BATCH["label"]
+    x_adv = pgd(THREAT, steps=5)(logits_fn, KEY, x, y)
+    assert bool(THREAT.contains(x_adv, x).all())
+    assert float(cross_entropy(logits_fn(x_adv), y).mean()) > float(
+        cross_entropy(logits_fn(x), y).mean()
+    )
 
 
 def computations(hlo):
