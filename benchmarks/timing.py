@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 
+from robustjax import checks
+from robustjax.training import report
+
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
@@ -26,6 +29,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
       runs: name to a function that returns when its work is done.
       rounds: measurements of each, ``>= 1``.
     """
+    checks.integer("rounds", rounds, at_least=1)
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -37,19 +41,50 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     return seconds
 
 
-def medians(seconds: Seconds) -> dict[str, float]:
-    """The median time of each run."""
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def summary(seconds: Seconds, ratios: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Any]:
+    """Medians, and ratios of one run's time to another's.
 
+    A ratio is taken in each round, where the two are neighbours in time, so that what else the
+    machine does slows both; reported are its median, least and greatest value over the rounds.
 
-def ratio(seconds: Seconds, name: str, other: str) -> dict[str, float]:
-    """Time of one run over that of another: median, least and greatest over the rounds.
+    Args:
+      seconds: from ``interleaved``.
+      ratios: title to ``(run, others)``; the run is compared with the fastest of the others, by
+        its median. A ratio without others is left out.
 
-    The ratio is taken in each round, since the two are neighbours in time there: what else the
-    machine does slows both.
+    Returns:
+      ``seconds``, ``median_seconds`` and ``ratios``, which name the other run as ``to``.
     """
-    ratios = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    found = {}
+    for title, (name, others) in ratios.items():
+        if others:
+            fastest = min(others, key=medians.__getitem__)
+            each = [a / b for a, b in zip(seconds[name], seconds[fastest], strict=True)]
+            found[title] = {
+                "to": fastest,
+                "median": statistics.median(each),
+                "min": min(each),
+                "max": max(each),
+            }
+    return {"seconds": seconds, "median_seconds": medians, "ratios": found}
+
+
+def print_summary(title: str, result: Mapping[str, Any], bounds: Mapping[str, str]) -> None:
+    """Prints medians, seconds of compilation where known, and ratios with their bounds."""
+    compilation = result.get("compile_seconds", {})
+    rows = [
+        [name, f"{median:.3f}", f"{compilation[name]:.1f}" if name in compilation else ""]
+        for name, median in result["median_seconds"].items()
+    ]
+    report.print_table(title, ["run", "median s", "XLA compilation s"], rows)
+    rows = [
+        [name, ratio["to"], *(f"{ratio[k]:.2f}" for k in ("median", "min", "max")), bounds[name]]
+        for name, ratio in result["ratios"].items()
+    ]
+    if rows:
+        columns = ["ratio of times", "to", "median", "least", "greatest", ""]
+        report.print_table("", columns, rows)
 
 
 @contextlib.contextmanager
@@ -79,9 +114,7 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": _cores(),
         "load_average_1_minute": load(),
         "python": platform.python_version(),
         "versions": _versions(),
@@ -92,6 +125,13 @@ def environment() -> dict[str, Any]:
 def load() -> float:
     """Processes that wanted to run, on average over the last minute; ours are among them."""
     return os.getloadavg()[0]
+
+
+def _cores() -> int | None:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,7 @@ during an attack, the fused Adam. Layers bear the names of their Flax counterpar
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,16 +37,16 @@ class PreActBlock(nn.Module):
         return y + (self.shortcut_conv(x) if hasattr(self, "shortcut_conv") else x)
 
 
-class PreActResNet18(nn.Module):
-    """Peer of ``robustjax.models.PreActResNet18`` with its default settings."""
+class PreActResNet(nn.Module):
+    """Peer of ``robustjax.models.PreActResNet`` with its default settings."""
 
-    def __init__(self, width: int = 64, num_classes: int = 10):
+    def __init__(self, stage_sizes: Sequence[int], width: int = 64, num_classes: int = 10):
         super().__init__()
         self.stem_conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.blocks = []
         inputs = width
-        for stage in range(4):
-            for block in range(2):
+        for stage, size in enumerate(stage_sizes):
+            for block in range(size):
                 channels = width * 2**stage
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
@@ -119,6 +119,11 @@ def images(x: Any, memory_format: torch.memory_format) -> Tensor:
     return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
+def labels(y: Any) -> Tensor:
+    """Labels as PyTorch wants them, int64."""
+    return torch.tensor(np.asarray(y), dtype=torch.long)
+
+
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -163,7 +168,7 @@ def adversarial_trainer(
 
     Args:
       model: network, trained in place.
-      image: uint8 images ``(N, h, w, c)``.
+      image: images ``(N, h, w, c)``, uint8 or float32 in [0, 1].
       label: labels ``(N,)``.
       memory_format: of images and weights.
       batch_size: examples of a step.
@@ -175,7 +180,7 @@ def adversarial_trainer(
       total_steps: training steps until the learning rate is 0.
     """
     model = model.to(memory_format=memory_format)
-    x_all, y_all = images(image, memory_format), torch.tensor(label, dtype=torch.long)
+    x_all, y_all = images(image, memory_format), labels(label)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
     order: list[Tensor] = []
@@ -190,7 +195,8 @@ def adversarial_trainer(
                 whole = len(label) // batch_size * batch_size
                 order.extend(torch.randperm(len(label))[:whole].split(batch_size))
             rows = order.pop()
-            x = (x_all[rows].float() / 255).contiguous(memory_format=memory_format)
+            x = x_all[rows] / 255 if x_all.dtype == torch.uint8 else x_all[rows]
+            x = x.contiguous(memory_format=memory_format)
             y = y_all[rows]
             scale = min(done / warmup_steps, 1.0) if warmup_steps else 1.0
             x_adv = pgd(

@@ -251,6 +251,23 @@ def test_a_sweep_over_eps_compiles_once():
     assert np.isfinite(slope)
 
 
+@pytest.mark.parametrize("norm", [L2(), Lp(3)], ids=lambda norm: norm.name)
+def test_examples_sharded_over_devices(norm):
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types, devices=jax.devices()[:2])
+    threat = model(norm)
+
+    def start_and_step(x, own_keys, g):
+        return threat.step(threat.sample(own_keys, x), x, g, 0.3)
+
+    x, g = images()
+    own_keys = keys.per_example(jax.random.key(0), jnp.arange(len(x)))
+    spec = jax.sharding.PartitionSpec("data")
+    sharded = jax.shard_map(start_and_step, mesh=mesh, in_specs=spec, out_specs=spec)
+    alone = jit(start_and_step)(x, own_keys, g)
+    np.testing.assert_allclose(jit(sharded)(x, own_keys, g), alone, atol=1e-6)
+
+
 X = jnp.full((2, 3), 0.5)
 
 

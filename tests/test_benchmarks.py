@@ -1,0 +1,140 @@
+"""The benchmarks run, time in the order they say, and their peers compute what we compute."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import attacks, timing
+from robustjax import losses, models
+
+
+def test_a_quick_run_writes_everything_it_measures(tmp_path, capsys):
+    out = tmp_path / "results" / "attacks.json"
+    settings = attacks.Settings(quick=True, without_torch=True, rounds=2, out=str(out))
+    results = attacks.main(settings)
+    assert json.loads(out.read_text()).keys() == results.keys()
+    assert {"cpu", "cores", "device", "date", "versions", "load_average_1_minute"} <= results[
+        "environment"
+    ].keys()
+    assert results["environment"]["versions"]["jax"] == jax.__version__
+    assert results["sizes"]["rounds"] == 2
+
+    (pgd,) = results["pgd"]
+    runs = {"scan", "unrolled", "scan_plain", "unrolled_plain"}
+    assert pgd["width"] == 2
+    assert pgd["seconds"].keys() == pgd["median_seconds"].keys() == runs
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in pgd["seconds"].values())
+    assert pgd["compile_seconds"].keys() == runs
+    assert min(pgd["compile_seconds"].values()) > 0
+    assert pgd["ratios"].keys() == {"scan / unrolled", "plain scan / scan"}
+    # The four programs are one attack, and it does raise the loss.
+    loss = pgd["agreement"]["loss"]
+    np.testing.assert_allclose([loss[name] for name in runs], loss["scan"], rtol=1e-3)
+    assert loss["scan"] > loss["clean"]
+
+    assert results["training"]["steps"] == 2
+    assert results["training"]["seconds"].keys() == {"robustjax"}
+    assert len(results["training"]["agreement"]["loss_and_robust_accuracy"]["robustjax"]) == 3
+
+    counted = results["compilations"]
+    assert counted["total"] == sum(v["programs"] for v in counted["by_name"].values())
+    assert counted["by_name"]["jit(steps)"]["programs"] == 1
+    assert counted["step_cache_sizes"] == [1]
+    assert counted["evaluator_cache_sizes"] == [1, 1]
+    assert "scan / unrolled" in capsys.readouterr().out
+
+
+def test_runs_are_timed_in_turn_after_a_warm_up():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = timing.interleaved(runs, rounds=3)
+    assert calls == list("abc") * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_ratio_is_taken_in_each_round_and_to_the_faster_peer():
+    # The machine is ten times slower in the second round.
+    seconds = {"ours": [2.0, 20.0, 2.0], "slow": [4.0, 40.0, 5.0], "fast": [1.0, 10.0, 1.6]}
+    summary = timing.summary(
+        seconds, {"ratio": ("ours", ["slow", "fast"]), "left out": ("ours", [])}
+    )
+    assert summary["median_seconds"] == {"ours": 2.0, "slow": 5.0, "fast": 1.6}
+    assert summary["ratios"] == {
+        "ratio": {"to": "fast", "median": 2.0, "min": 1.25, "max": 2.0},
+    }
+
+
+def test_compilations_are_counted_by_function():
+    def thrice(x):
+        return 3 * x
+
+    compiled = jax.jit(thrice)
+    x, y = jnp.ones(3), jnp.ones(4)
+    with timing.compilations() as seen:
+        compiled(x), compiled(x), compiled(y)
+    compiled(jnp.ones(5))
+    assert [name for name, _ in seen] == ["jit(thrice)"] * 2
+
+
+def test_without_torch_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.torch_peers", raising=False)
+    monkeypatch.delattr("benchmarks.torch_peers", raising=False)
+    with pytest.raises(ValueError, match=r"robustjax\[parity\].*--without_torch"):
+        attacks.main(attacks.Settings(quick=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rounds": 0}, {"widths": (0,)}, {"only": ("everything",)}],
+    ids=["rounds", "widths", "only"],
+)
+def test_a_wrong_setting_is_refused(settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=name):
+        attacks.main(attacks.Settings(quick=True, without_torch=True, **settings))
+
+
+@pytest.mark.parametrize("name", ["PreActResNet", "SmallCNN"])
+def test_the_peer_in_torch_has_our_logits_and_our_attack(name):
+    pytest.importorskip("torch")
+    from benchmarks import torch_peers
+
+    channels = {"PreActResNet": 3, "SmallCNN": 1}[name]
+    if name == "PreActResNet":
+        module, network = models.PreActResNet((2, 1), width=2), torch_peers.PreActResNet((2, 1), 2)
+    else:
+        module, network = models.SmallCNN(), torch_peers.SmallCNN(8)
+    model = models.from_linen(module)
+    x = jax.random.uniform(jax.random.key(0), (4, 8, 8, channels))
+    y = jnp.arange(4)
+    variables = attacks._perturbed(model.init(jax.random.key(1), x))
+    logits_fn = jax.jit(models.eval_logits(model.apply, *variables))
+    network = torch_peers.load_flax(network, *variables).eval().requires_grad_(False)
+    for memory_format in torch_peers.FORMATS.values():
+        peer = network.to(memory_format=memory_format)
+        images = torch_peers.images(x, memory_format)
+        np.testing.assert_allclose(peer(images).numpy(), logits_fn(x), rtol=1e-4, atol=1e-4)
+        x_adv = torch_peers.pgd(
+            peer, images, torch_peers.labels(y), eps=0.1, step_size=0.1, steps=1, start=images
+        )
+        gradient = jax.grad(lambda x: losses.cross_entropy(logits_fn(x), y).sum())(x)
+        ours = jnp.clip(x + 0.1 * jnp.sign(gradient), 0, 1)
+        equal = np.isclose(x_adv.permute(0, 2, 3, 1).numpy(), ours, atol=1e-5)
+        assert equal.mean() > 0.98  # the sign of a gradient that is almost zero may differ
+
+
+def test_weights_of_another_network_are_refused():
+    pytest.importorskip("torch")
+    from benchmarks import torch_peers
+
+    model = models.from_linen(models.PreActResNet((1, 1), width=2))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match=r"params must have the shapes of the peer"):
+        torch_peers.load_flax(torch_peers.PreActResNet((1, 1), 3), *variables)
+    with pytest.raises(ValueError, match=r"params must have the layers of the peer"):
+        torch_peers.load_flax(torch_peers.PreActResNet((1, 1), 2), variables[0], {})
