@@ -223,14 +223,16 @@ def measure_pgd(sizes: Sizes, width: int, peers: ModuleType | None) -> dict[str,
     Raises:
       ValueError: the networks or the attacks do not agree, so that the times mean nothing.
     """
-    image_key, label_key, init_key, attack_key = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.uniform(image_key, (sizes.batch_size, sizes.image_size, sizes.image_size, 3))
-    y = jax.random.randint(label_key, (len(x),), 0, 10)
-    model_fn = {
+    draw = np.random.default_rng(0)
+    size = sizes.image_size
+    x = jnp.asarray(draw.random((sizes.batch_size, size, size, 3), np.float32))
+    y = jnp.asarray(draw.integers(0, 10, len(x)), jnp.int32)
+    attack_key = jax.random.key(0)
+    model = {
         conv: models.from_linen(models.PreActResNet(sizes.stage_sizes, width=width, conv=conv))
         for conv in ("canonical", "plain")
     }
-    variables = _perturbed(model_fn["canonical"].init(init_key, x))
+    variables = _random_variables(model["canonical"], x)
 
     options = {"steps": sizes.attack_steps, "step_size": STEP_SIZE}
     scanned, unrolled = attacks.pgd(THREAT, **options), unrolled_pgd(THREAT, **options)
@@ -243,12 +245,12 @@ def measure_pgd(sizes: Sizes, width: int, peers: ModuleType | None) -> dict[str,
     ):
         arguments = (*variables, attack_key, x, y)
         with timing.compilations() as seen:
-            run = jax.jit(_on_model(attack, model_fn[conv].apply)).lower(*arguments).compile()
+            run = jax.jit(_on_model(attack, model[conv].apply)).lower(*arguments).compile()
         compile_seconds[name] = sum(seconds for _, seconds in seen)
         adversarial[name] = run(*arguments)
         runs[name] = partial(_finish, run, *arguments)
 
-    logits_fn = jax.jit(models.eval_logits(model_fn["canonical"].apply, *variables))
+    logits_fn = jax.jit(models.eval_logits(model["canonical"].apply, *variables))
     logits = logits_fn(x)
     logit_difference = {}
     # Where our attack starts, so that PyTorch's can be led from there to the same end.
@@ -313,17 +315,25 @@ def _finish(run: Callable, *arguments: Any) -> None:
     jax.block_until_ready(run(*arguments))
 
 
-def _perturbed(variables: Any) -> Any:
-    """Noise on every array, so that a mistaken scale, bias or statistic cannot go unnoticed."""
-    noise = np.random.default_rng(0)
+def _random_variables(model: models.Model, x: jax.Array) -> tuple[Any, Any]:
+    """Parameters and statistics, none of them 0 or 1, so that no mistake about one goes unnoticed.
 
-    def perturb(leaf):
-        # Factors around 1 keep variances positive; biases and means, which are 0, get a value.
-        factor = noise.uniform(0.8, 1.2, leaf.shape)
-        offset = 0.1 * noise.normal(size=leaf.shape) * (np.asarray(leaf) == 0)
-        return jnp.asarray(leaf * factor + offset, leaf.dtype)
+    Kernels are those of He et al. (2015). Drawn by numpy: XLA would compile a program per shape.
+    """
+    draw = np.random.default_rng(1)
 
-    return jax.tree.map(perturb, variables)
+    def leaf(path, shape):
+        kind = path[-1].key
+        if kind == "kernel":
+            value = draw.normal(0, (2 / np.prod(shape.shape[:-1])) ** 0.5, shape.shape)
+        elif kind in ("scale", "var"):
+            value = draw.uniform(0.8, 1.2, shape.shape)
+        else:
+            value = draw.normal(0, 0.1, shape.shape)
+        return jnp.asarray(value, shape.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def _check_logits(name: str, theirs: Any, ours: jax.Array) -> float:
@@ -353,9 +363,9 @@ def measure_training(sizes: Sizes, peers: ModuleType | None) -> dict[str, Any]:
     dispatch = training.steps_per_dispatch(parts.steps_per_epoch, settings.dispatch)
     steps = sizes.dispatches * dispatch
     mesh = parallel.device_mesh(jax.devices()[:1])
-    init_key, run_key, order_key = jax.random.split(jax.random.key(settings.seed), 3)
+    run_key, order_key = jax.random.split(jax.random.key(settings.seed))
     x = jnp.asarray(data.as_float(train.image[:8]))
-    params, model_state = parts.model.init(init_key, x)
+    params, model_state = _random_variables(parts.model, x)
     initial = jax.device_get(params)
     logits = models.eval_logits(parts.model.apply, params, model_state)(x)
     advance = feed.resident(

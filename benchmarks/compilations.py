@@ -20,8 +20,9 @@ from robustjax.training import feed, report
 def count(settings: adversarial_training.Settings) -> dict[str, Any]:
     """What XLA compiles while the entry point runs with these settings, in a temporary folder.
 
-    ``jit(steps)`` is the training step and ``jit(judge)`` an evaluation; their cache sizes count
-    the programs of each. The caches of JAX are cleared before, as in a new process.
+    ``jit(steps)`` is the training step and ``jit(judge)`` an evaluation. The cache sizes of either
+    are those of ``jax.jit``: on several devices a program can be there twice, for inputs that the
+    host placed and for its own outputs. JAX's caches are cleared before, as in a new process.
     """
     jax.clear_caches()
     with (

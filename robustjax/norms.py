@@ -249,7 +249,7 @@ class Lp(Norm):
     """``(sum |v_i|^p)^(1/p)`` for ``1 < p < inf``, with dual ``Lp(q)``, ``1/p + 1/q = 1``.
 
     Its steepest direction is ``sign(g) (|g| / ||g||_q)^(q-1)``. The projection and the prox of the
-    square have no closed form: Newton's method finds them, in float32 to about 1e-6 of the largest
+    square have no closed form: Newton's method finds them, in float32 to a few 1e-6 of the largest
     entry for p between 1.1 and 20.
     ``sample_sphere`` draws from the cone measure, the direction of a uniform point of the ball,
     which for ``1 < p < inf`` is the surface measure only if p = 2.
