@@ -1,8 +1,9 @@
 """Speed measurements against peers: an entry point per part, its JSON files under results/.
 
-- ``attacks``: PGD and adversarial training against an unrolled loop and against PyTorch, and what
-  XLA compiles in a training run (``compilations``)
+- ``attacks``: the entry point for ``pgd``, ``training`` (both against PyTorch) and
+  ``compilations`` (what XLA compiles in a training run)
+- ``timing``: times taken in turn, ratios, the machine; ``agreement``: that the work is the same
+- ``torch_peers``: the same work in PyTorch, which ``pip install robustjax[parity]`` installs
 
-A speed is a ratio of times that were taken in turn, in one process on one machine (``timing``).
-The same work in PyTorch is in ``torch_peers``: ``pip install robustjax[parity]``.
+A speed is a ratio of times that were taken in turn, in one process on one machine.
 """

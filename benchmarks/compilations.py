@@ -13,11 +13,12 @@ import jax
 
 from benchmarks import timing
 from experiments import adversarial_training
+from experiments.training_settings import Settings
 from robustjax import training
 from robustjax.training import feed, report
 
 
-def count(settings: adversarial_training.Settings) -> dict[str, Any]:
+def count(settings: Settings) -> dict[str, Any]:
     """What XLA compiles while the entry point runs with these settings, in a temporary folder.
 
     ``jit(steps)`` is the training step and ``jit(judge)`` an evaluation. The cache sizes of either

@@ -78,10 +78,10 @@ def print_summary(title: str, result: Mapping[str, Any], bounds: Mapping[str, st
         for name, median in result["median_seconds"].items()
     ]
     report.print_table(title, ["run", "median s", "XLA compilation s"], rows)
-    rows = [
-        [name, ratio["to"], *(f"{ratio[k]:.2f}" for k in ("median", "min", "max")), bounds[name]]
-        for name, ratio in result["ratios"].items()
-    ]
+    rows = []
+    for name, ratio in result["ratios"].items():
+        numbers = (f"{ratio[k]:.2f}" for k in ("median", "min", "max"))
+        rows.append([name, ratio["to"], *numbers, bounds.get(name, "")])
     if rows:
         columns = ["ratio of times", "to", "median", "least", "greatest", ""]
         report.print_table("", columns, rows)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attacks, timing
+from benchmarks import agreement, attacks, timing
 from robustjax import losses, models
 
 
@@ -24,21 +24,25 @@ def test_a_quick_run_writes_everything_it_measures(tmp_path, capsys):
     assert results["sizes"]["rounds"] == 2
 
     (pgd,) = results["pgd"]
-    runs = {"scan", "unrolled", "scan_plain", "unrolled_plain"}
+    runs = {"scan", "unrolled", "scan_plain", "unrolled_plain", "scan_on_all_devices"}
     assert pgd["width"] == 2
     assert pgd["seconds"].keys() == pgd["median_seconds"].keys() == runs
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in pgd["seconds"].values())
     assert pgd["compile_seconds"].keys() == runs
     assert min(pgd["compile_seconds"].values()) > 0
     assert pgd["ratios"].keys() == {"scan / unrolled", "plain scan / scan"}
-    # The four programs are one attack, and it does raise the loss.
+    # The five programs are one attack, and it does raise the loss.
     loss = pgd["agreement"]["loss"]
     np.testing.assert_allclose([loss[name] for name in runs], loss["scan"], rtol=1e-3)
     assert loss["scan"] > loss["clean"]
 
     assert results["training"]["steps"] == 2
-    assert results["training"]["seconds"].keys() == {"robustjax"}
-    assert len(results["training"]["agreement"]["loss_and_robust_accuracy"]["robustjax"]) == 3
+    trace = results["training"]["agreement"]["loss_and_robust_accuracy"]
+    assert results["training"]["seconds"].keys() == trace.keys()
+    assert trace.keys() == {"robustjax", "robustjax_on_all_devices"}
+    assert len(trace["robustjax"]) == 4
+    # One step on one device or on eight is the same step.
+    np.testing.assert_allclose(*trace.values(), rtol=1e-3)
 
     counted = results["compilations"]
     assert counted["total"] == sum(v["programs"] for v in counted["by_name"].values())
@@ -114,7 +118,7 @@ def test_the_peer_in_torch_has_our_logits_and_our_attack(name):
     model = models.from_linen(module)
     x = jnp.asarray(np.random.default_rng(0).random((4, 8, 8, channels), np.float32))
     y = jnp.arange(4)
-    variables = attacks._random_variables(model, x)
+    variables = agreement.random_variables(model, x)
     logits_fn = jax.jit(models.eval_logits(model.apply, *variables))
     network = torch_peers.load_flax(network, *variables).eval().requires_grad_(False)
     for memory_format in torch_peers.FORMATS.values():
@@ -135,7 +139,7 @@ def test_weights_of_another_network_are_refused():
     from benchmarks import torch_peers
 
     model = models.from_linen(models.PreActResNet((1, 1), width=2))
-    variables = attacks._random_variables(model, jnp.zeros((1, 8, 8, 3)))
+    variables = agreement.random_variables(model, jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match=r"params must have the shapes of the peer"):
         torch_peers.load_flax(torch_peers.PreActResNet((1, 1), 3), *variables)
     with pytest.raises(ValueError, match=r"params must have the layers of the peer"):
