@@ -1,5 +1,5 @@
 # make demo   installs into .venv and runs the main job on MNIST-5k, side by side
-# make test   installs into .venv, lints, runs the whole suite
+# make test   installs into .venv with PyTorch and the peers, lints, runs the whole suite
 # Run again, neither reinstalls.
 
 PYTHON ?= python3
@@ -28,8 +28,10 @@ lint: .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.venv/dev.stamp: .venv/python.stamp setup.py requirements.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+.venv/dev.stamp: .venv/python.stamp setup.py requirements.txt requirements-parity.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-parity.txt
+	$(BIN)/python -c 'import torch, foolbox, torchattacks, pyautoattack'
 	touch .venv/runtime.stamp $@
 
 clean:

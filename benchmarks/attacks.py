@@ -28,6 +28,7 @@ from experiments import adversarial_training, command_line
 from experiments.command_line import setting
 from experiments.training_settings import Settings as TrainingSettings
 from robustjax import checks
+from robustjax.benchmark import environment as machine
 from robustjax.training import report
 
 PARTS = ("pgd", "training", "compilations")
@@ -146,7 +147,7 @@ def main(settings: Settings) -> dict[str, Any]:
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
 
-    environment = timing.environment()
+    environment = machine.environment()
     if environment["load_average_1_minute"] > environment["cores"] / 2:
         report.print_lines(
             f"the machine is busy, load {environment['load_average_1_minute']:.1f} on "

@@ -11,10 +11,10 @@ from unittest import mock
 
 import jax
 
-from benchmarks import timing
 from experiments import adversarial_training
 from experiments.training_settings import Settings
 from robustjax import training
+from robustjax.benchmark import compilation
 from robustjax.training import feed, report
 
 
@@ -31,7 +31,7 @@ def count(settings: Settings) -> dict[str, Any]:
         contextlib.redirect_stdout(io.StringIO()),
         _results_of(feed, "resident") as steps,
         _results_of(training, "make_evaluator") as evaluators,
-        timing.compilations() as seen,
+        compilation.compilations() as seen,
     ):
         adversarial_training.main(dataclasses.replace(settings, workdir=f"{folder}/run"))
     seconds: dict[str, list[float]] = {}

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import agreement, timing
-from robustjax import attacks, keys, losses, models
+from robustjax import attacks, keys, losses, models, parallel
+from robustjax.benchmark import compilation
 from robustjax.norms import LInf
 from robustjax.threat import ThreatModel
-from robustjax.training import parallel
 
 THREAT = ThreatModel(LInf(), 8 / 255)
 STEP_SIZE = 2 / 255
@@ -73,7 +73,7 @@ def measure(
         )
     runs, compile_seconds, adversarial = {}, {}, {}
     for name, (program, inputs) in programs.items():
-        with timing.compilations() as seen:
+        with compilation.compilations() as seen:
             compiled = program.lower(*inputs).compile()
         compile_seconds[name] = sum(seconds for _, seconds in seen)
         adversarial[name] = compiled(*inputs)

@@ -1,23 +1,13 @@
-"""Times taken in turn, their ratios, compilations, and the machine on which they were taken."""
+"""Times taken in turn, their ratios, and the load of the machine on which they were taken."""
 
-import contextlib
-import datetime
-import importlib.metadata
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import jax
 
 from robustjax import checks
 from robustjax.training import report
-
-COMPILATION = "/jax/core/compile/backend_compile_duration"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 Seconds = Mapping[str, Sequence[float]]
 
@@ -87,63 +77,6 @@ def print_summary(title: str, result: Mapping[str, Any], bounds: Mapping[str, st
         report.print_table("", columns, rows)
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[tuple[str, float]]]:
-    """Collects ``(function, seconds)`` of every program that XLA compiles in the context.
-
-    The seconds are those of XLA; tracing and lowering come before.
-    """
-    seen: list[tuple[str, float]] = []
-
-    def listen(event: str, seconds: float, **about: Any) -> None:
-        if event == COMPILATION:
-            seen.append((str(about.get("fun_name", "?")), seconds))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def environment() -> dict[str, Any]:
-    """Device, processor, load of the machine, versions and date."""
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "cpu": _cpu_model(),
-        "cores": _cores(),
-        "load_average_1_minute": load(),
-        "python": platform.python_version(),
-        "versions": _versions(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def load() -> float:
     """Processes that wanted to run, on average over the last minute; ours are among them."""
     return os.getloadavg()[0]
-
-
-def _cores() -> int | None:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions

@@ -5,9 +5,12 @@ during an attack, the fused Adam. Layers bear the names of their Flax counterpar
 ``load_flax`` copies parameters and statistics.
 """
 
+import logging
 import math
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -214,3 +217,113 @@ def adversarial_trainer(
         return float(loss_sum) / count, float(correct) / (count * batch_size)
 
     return advance
+
+
+class ReferenceAutoAttack(NamedTuple):
+    """What the reference implementation of AutoAttack found.
+
+    Attributes:
+      x_adv: images ``(n, h, w, c)``, the clean ones of examples that no attack broke.
+      robust: examples ``(n,)`` that are classified rightly after all attacks.
+      accuracy: robust accuracy after each attack by its name, ``"clean"`` first.
+      seconds: time of each attack by its name; of one that had nothing left to do there is none.
+      total_seconds: time of the whole evaluation, its checks of the model included.
+    """
+
+    x_adv: np.ndarray
+    robust: np.ndarray
+    accuracy: dict[str, float]
+    seconds: dict[str, float]
+    total_seconds: float
+
+
+def reference_autoattack(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    norm: str,
+    eps: float,
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    seed: int = 0,
+    *,
+    batch_size: int = 500,
+) -> ReferenceAutoAttack:
+    """AutoAttack of its authors, from the package ``pyautoattack``.
+
+    It runs the attacks one after the other, each on the examples that still stand, and starts the
+    random numbers of every batch of every attack from the same seed.
+
+    Args:
+      model: logits of images ``(n, c, h, w)``, in evaluation mode.
+      x: images ``(n, h, w, c)`` in [0, 1].
+      y: labels ``(n,)``.
+      norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+      eps: radius.
+      version: ``"standard"``, ``"plus"`` or ``"rand"``; says restarts and target classes as well.
+      attacks: names instead of those of the version, in this order, with its settings: among
+        ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t``, ``square``.
+      seed: of PyTorch's global generator.
+      batch_size: examples attacked at once.
+    """
+    import pyautoattack
+
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    evaluation = pyautoattack.AutoAttack(
+        model, norm=name, eps=eps, seed=seed, version=version, device="cpu"
+    )
+    if attacks is not None:
+        # version="custom" would have five restarts of APGD and FAB where the standard has one.
+        evaluation.attacks_to_run = list(attacks)
+    images_, labels_ = images(x, torch.contiguous_format), labels(y)
+    start, progress = time.perf_counter(), _Progress()
+    logger = evaluation.logger
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(progress)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        adversarial, _ = evaluation.run_standard_evaluation(images_, labels_, batch_size=batch_size)
+    finally:
+        logger.removeHandler(progress)
+        logger.setLevel(level)
+        logger.propagate = propagate
+    total_seconds = time.perf_counter() - start
+    with torch.no_grad():
+        robust = torch.cat(
+            [
+                model(z).argmax(1) == label
+                for z, label in zip(
+                    adversarial.split(batch_size), labels_.split(batch_size), strict=True
+                )
+            ]
+        )
+    return ReferenceAutoAttack(
+        adversarial.permute(0, 2, 3, 1).numpy(),
+        robust.numpy(),
+        progress.accuracy,
+        progress.seconds,
+        total_seconds,
+    )
+
+
+class _Progress(logging.Handler):
+    """Accuracies and times, which ``pyautoattack`` tells its log alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._began = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Reads one line of the log."""
+        message = record.getMessage()
+        if message.startswith("running "):
+            self._began = record.created
+        elif clean := re.fullmatch(r"initial accuracy: (.*)%", message):
+            self.accuracy["clean"] = float(clean[1]) / 100
+        elif after := re.fullmatch(r"robust accuracy after (\S+): (.*)% .*", message):
+            name = after[1].lower()
+            self.accuracy[name] = float(after[2]) / 100
+            self.seconds[name] = record.created - self._began

@@ -12,8 +12,9 @@ import numpy as np
 from benchmarks import agreement, timing
 from experiments import training_run
 from experiments.training_settings import Settings
-from robustjax import data, models, training
-from robustjax.training import feed, parallel
+from robustjax import data, models, parallel, training
+from robustjax.benchmark import compilation
+from robustjax.training import feed
 
 
 def measure(
@@ -79,7 +80,7 @@ def measure(
     }
     compile_seconds = {}
     for name, run in recorded.items():  # once each, torch too: all stay at the same step
-        with timing.compilations() as seen:
+        with compilation.compilations() as seen:
             run()
         if name not in logit_difference:
             compile_seconds[name] = sum(seconds for _, seconds in seen)

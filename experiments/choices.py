@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from robustjax import attacks, checks, models, objectives, optim
+from robustjax import attacks, checks, losses, models, objectives, optim
 from robustjax.norms import L1, L2, LInf, Norm
 from robustjax.threat import ThreatModel
 
@@ -86,6 +86,23 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 ATTACKS = ("fgsm", "fgsm_rs", "pgd", "pgd_corner")
+# What an evaluation can run, by name: from the threat model to the attack.
+EVALUATION_ATTACKS: Mapping[str, Callable[[ThreatModel], Any]] = {
+    "fgsm": attacks.fgsm,
+    "bim": lambda threat: attacks.bim(threat, steps=50, step_size=threat.eps / 10),
+    "pgd": lambda threat: attacks.pgd(
+        threat, steps=50, step_size=threat.eps / 4, restarts=10, select="any"
+    ),
+    "apgd-ce": attacks.apgd,
+    "apgd-dlr": lambda threat: attacks.apgd(threat, loss=losses.dlr),
+    "apgd-t": attacks.apgd_targeted,
+    "fab": lambda threat: attacks.fab(threat, early_stop=True),
+    "fab-t": lambda threat: attacks.fab_targeted(threat, early_stop=True),
+    "cw": attacks.carlini_wagner,
+    "deepfool": attacks.deepfool,
+    "square": attacks.square,
+    "simba": lambda threat: attacks.simba(threat, max_queries=5000),
+}
 OBJECTIVES = ("standard", "madry", "trades")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "sign_gd")
 SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")

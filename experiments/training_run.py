@@ -14,9 +14,9 @@ import optax
 
 from experiments import choices
 from experiments.training_settings import Settings
-from robustjax import attacks, checks, data, losses, models, objectives, training
+from robustjax import attacks, checks, data, losses, models, objectives, parallel, training
 from robustjax.threat import ThreatModel
-from robustjax.training import checkpoint, feed, figures, parallel, report
+from robustjax.training import checkpoint, feed, figures, report
 
 
 def load_split(settings: Settings, split: str) -> data.Dataset | data.Source:

@@ -22,7 +22,7 @@ class ThreatModel:
     examples along the leading axis, and expect ``x`` to lie in the box.
 
     Args:
-      norm: ``LInf()``, ``L2()``, ``L1()`` or ``Lp(p)``.
+      norm: ``LInf()``, ``L2()``, ``L1()``, ``Lp(p)`` or ``FourierLInf()``.
       eps: radius of the ball, finite and >= 0, in the units of the input; one number or one per
         example, ``(n,)``.
       lower: lower end of the box, a number or an array that broadcasts against one example (such
@@ -61,12 +61,14 @@ class ThreatModel:
         """Into the threat model: the nearest point of the ball around ``x``, then clip to the box.
 
         The result is feasible, because ``x`` lies in the box and clipping moves each coordinate
-        towards it. For l_inf it is the Euclidean projection; for other norms with a box it is the
-        sequential one that the field uses, not the nearest point of the intersection, which
-        ``project_exact`` finds. For ``Lp(p)`` the perturbation is scaled back to the ball, which
-        is not the nearest point unless p = 2: repeated steepest steps then end at the maximiser
-        over the ball, while under Euclidean projection they do not (its residual at ``w`` is along
-        ``|w|^(p-1)``, the steepest step along ``|g|^(q-1)``; they agree for p = 1, 2 and inf).
+        towards it; not so in the Fourier norms, where that can lengthen a perturbation (see
+        ``robustjax.attacks.project_in_box``). For l_inf it is the Euclidean projection; for other
+        norms with a box it is the sequential one that the field uses, not the nearest point of the
+        intersection, which ``project_exact`` finds. For ``Lp(p)`` the perturbation is scaled back
+        to the ball, which is not the nearest point unless p = 2: repeated steepest steps then end
+        at the maximiser over the ball, while under Euclidean projection they do not (its residual
+        at ``w`` is along ``|w|^(p-1)``, the steepest step along ``|g|^(q-1)``; they agree for
+        p = 1, 2 and inf).
 
         Args:
           x_adv: points to project.
@@ -82,6 +84,11 @@ class ThreatModel:
             scale = jnp.minimum(1, self._eps(x) / jnp.where(length > 0, length, 1))
             return self.clip(x + delta * _per_example("scale", scale, x))
         return self.clip(x + self.norm.project(delta, self._eps(x), batch_ndim=1))
+
+    def check_inputs(self, x: Any) -> None:
+        """Raises ``ValueError`` unless ``x`` lies in the box; nothing where values are traced."""
+        if all(map(checks.is_known, (x, self.lower, self.upper))):
+            checks.in_box("x", x, lower=self.lower, upper=self.upper)
 
     def clip(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         """Into the box alone; keeps the dtype of ``x``."""
@@ -200,6 +207,16 @@ class ThreatModel:
 
     def _eps(self, x: Array) -> Array:
         return _per_example("eps", self.eps, x).reshape(-1)
+
+
+def check(threat: Any) -> ThreatModel:
+    """The threat model itself; raises ``ValueError`` for anything else, such as a name."""
+    if not isinstance(threat, ThreatModel):
+        raise ValueError(
+            f"threat must be a ThreatModel, such as ThreatModel(LInf(), 8 / 255), "
+            f"got {checks.shown(threat)}"
+        )
+    return threat
 
 
 _LEAVES = ("eps", "lower", "upper")

@@ -11,17 +11,34 @@ import pytest
 import robustjax
 
 PACKAGE = Path(robustjax.__file__).parent
-FOUNDATION = {"checks", "keys", "norms", "threat", "lp"}
-SIDE = {"optim", "models", "data", "metrics"}
+FOUNDATION = {
+    "checks",
+    "keys",
+    "norms",
+    "threat",
+    "lp",
+    "frequency",
+    "fourier_norms",
+    "hyperplane",
+    "parallel",
+}
+SIDE = {"optim", "models", "data", "metrics", "theory"}
 # Each room may import from those before it, and the chain from the side rooms.
-CHAIN = ["losses", "attacks", "objectives", "gradients", "training"]
+CHAIN = ["losses", "attacks", "objectives", "gradients", "training", "benchmark"]
 ALLOWED = {
     "checks": set(),
     "keys": {"checks"},
     "lp": {"checks"},
+    "frequency": {"checks"},
+    "hyperplane": {"checks", "lp"},
+    "parallel": {"checks"},
     "norms": {"checks", "lp"},
+    "fourier_norms": {"checks", "lp", "frequency", "norms"},
     "threat": {"checks", "keys", "norms", "lp"},
-    **{room: {"checks", "keys", "norms", "lp", "losses"} for room in SIDE},
+    **{
+        room: {"checks", "keys", "norms", "fourier_norms", "lp", "frequency", "losses"}
+        for room in SIDE
+    },
     **{room: FOUNDATION | SIDE | set(CHAIN[:i]) for i, room in enumerate(CHAIN)},
 }
 ALLOWED["losses"] = FOUNDATION

@@ -28,11 +28,12 @@ from robustjax import (
     models,
     objectives,
     optim,
+    parallel,
     training,
 )
 from robustjax.norms import L1, L2, LInf, Lp
 from robustjax.threat import ThreatModel
-from robustjax.training import checkpoint, feed, parallel, report
+from robustjax.training import checkpoint, feed, report
 
 KEY, RAW = jax.random.key(0), np.array([0, 7], np.uint32)
 THREE_KEYS = jax.random.split(KEY, 3)

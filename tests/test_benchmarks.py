@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import agreement, attacks, timing
 from robustjax import losses, models
+from robustjax.benchmark import compilation
 
 
 def test_a_quick_run_writes_everything_it_measures(tmp_path, capsys):
@@ -80,7 +81,7 @@ def test_compilations_are_counted_by_function():
 
     compiled = jax.jit(thrice)
     x, y = jnp.ones(3), jnp.ones(4)
-    with timing.compilations() as seen:
+    with compilation.compilations() as seen:
         compiled(x), compiled(x), compiled(y)
     compiled(jnp.ones(5))
     assert [name for name, _ in seen] == ["jit(thrice)"] * 2

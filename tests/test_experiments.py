@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from experiments import adversarial_training, catalogue, choices, command_line
+from robustjax import parallel
 from robustjax.threat import ThreatModel
-from robustjax.training import parallel
 
 PRESETS = adversarial_training.PRESETS
 SETTINGS = adversarial_training.Settings

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from robustjax import data, models
+from robustjax import data, models, parallel
 from robustjax.attacks import fgsm, pgd
 from robustjax.norms import L2, LInf
 from robustjax.objectives import madry
@@ -28,7 +28,6 @@ from robustjax.training import (
     figures,
     fit,
     make_evaluator,
-    parallel,
     parameter_count,
     report,
     steps_per_dispatch,

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from robustjax import data, models
+from robustjax import data, models, parallel
 from robustjax.attacks import pgd
 from robustjax.losses import cross_entropy
 from robustjax.norms import L2, LInf
@@ -20,7 +20,6 @@ from robustjax.threat import ThreatModel
 from robustjax.training import (
     create_state,
     feed,
-    parallel,
     several_resident_steps,
     several_steps,
     train_step,

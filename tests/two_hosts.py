@@ -23,7 +23,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from robustjax import data, models  # noqa: E402
+from robustjax import data, models, parallel  # noqa: E402
 from robustjax.attacks import pgd  # noqa: E402
 from robustjax.norms import LInf  # noqa: E402
 from robustjax.objectives import madry  # noqa: E402
@@ -34,7 +34,6 @@ from robustjax.training import (  # noqa: E402
     feed,
     fit,
     make_evaluator,
-    parallel,
     report,
     train_step,
 )

@@ -31,9 +31,12 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from robustjax import checks, keys
+from robustjax.attacks.stepwise import rows
+from robustjax.attacks.stepwise import select as choose
 from robustjax.losses import cross_entropy
 from robustjax.optim.steepest import steepest_descent
 from robustjax.threat import ThreatModel
+from robustjax.threat import check as check_threat
 
 Attack = Callable[..., Array]
 Start = Callable[[Array, Array], Array]
@@ -134,7 +137,7 @@ def pgd(
     section 2; Kurakin et al. (2017). Deviation: ``sign(0) = 0``, so a pixel without gradient
     stays.
     """
-    _check_threat(threat)
+    check_threat(threat)
     checks.function("loss", loss)
     checks.integer("steps", steps)
     checks.integer("restarts", restarts, at_least=1)
@@ -179,8 +182,7 @@ def pgd(
         return (new.success & ~old.success) | ((new.success == old.success) & higher)
 
     def better(new: _Candidate, old: _Candidate) -> _Candidate:
-        wins = is_better(new, old)
-        return jax.tree.map(lambda a, b: jnp.where(_like(wins, a), a, b), new, old)
+        return choose(is_better(new, old), new, old)
 
     def run(logits_fn: Callable, example_keys: Array, x: Array, y: Array):
         def total(z):
@@ -196,12 +198,12 @@ def pgd(
             if not clip_start:
                 gradient = jnp.where(z == inside, gradient, 0)
             updates, rule_state = jax.vmap(rule.update)(-gradient, rule_state, z)
-            moved = threat.project(z + _like(jnp.asarray(step_size, z.dtype), z) * updates, x)
+            moved = threat.project(z + rows(jnp.asarray(step_size, z.dtype), z) * updates, x)
             if keep_best:
                 best = better(_Candidate(inside, score, success), best)
             if early_stop:
                 stopped = stopped | success
-                moved = jnp.where(_like(stopped, z), inside, moved)
+                moved = jnp.where(rows(stopped, z), inside, moved)
             return (moved, rule_state, best, stopped), (score, prediction)
 
         z = first_iterate(example_keys, x)
@@ -235,8 +237,7 @@ def pgd(
                 f"step_size must be one number or one per example, {x.shape[:1]}, "
                 f"got shape {jnp.shape(step_size)}"
             )
-        if all(map(checks.is_known, (x, threat.lower, threat.upper))):
-            checks.in_box("x", x, lower=threat.lower, upper=threat.upper)
+        threat.check_inputs(x)
         x, y = jax.lax.stop_gradient((jnp.asarray(x), jnp.asarray(y)))
         example_keys = keys.as_per_example(key, x.shape[0])
         if restarts == 1 and not keep_best and not has_aux:
@@ -276,7 +277,7 @@ def fgsm(
 
     Source: Goodfellow et al. (2015), section 4; Miyato et al. (2017) for l_2.
     """
-    step_size = _check_threat(threat).eps if step_size is None else step_size
+    step_size = check_threat(threat).eps if step_size is None else step_size
     return pgd(threat, steps=1, step_size=step_size, loss=loss, start="zero", targeted=targeted)
 
 
@@ -293,7 +294,7 @@ def fgsm_rs(
     better than free"); ``False`` differentiates through the clip (Andriushchenko & Flammarion
     2020).
     """
-    step_size = 1.25 * _check_threat(threat).eps if step_size is None else step_size
+    step_size = 1.25 * check_threat(threat).eps if step_size is None else step_size
     return pgd(threat, steps=1, step_size=step_size, loss=loss, clip_start=clip_start)
 
 
@@ -323,17 +324,3 @@ def least_likely(targeted_attack: Attack) -> Attack:
         return targeted_attack(logits_fn, key, x, target)
 
     return attack
-
-
-def _check_threat(threat: ThreatModel) -> ThreatModel:
-    if not isinstance(threat, ThreatModel):
-        raise ValueError(
-            f"threat must be a ThreatModel, such as ThreatModel(LInf(), 8 / 255), "
-            f"got {checks.shown(threat)}"
-        )
-    return threat
-
-
-def _like(per_example: Array, x: Array) -> Array:
-    """``(n,)`` shaped to broadcast against ``(n, ...)``; a scalar stays as it is."""
-    return per_example.reshape(per_example.shape + (1,) * (x.ndim - 1) * per_example.ndim)

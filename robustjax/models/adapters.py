@@ -5,6 +5,7 @@
 model changes by itself, such as BatchNorm's running statistics; ``{}`` or an empty tree if nothing.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,12 +39,27 @@ class Model(NamedTuple):
 
 
 def eval_logits(model_fn: ModelFn, params: PyTree, model_state: PyTree) -> LogitsFn:
-    """The closure ``x -> logits`` in evaluation mode, for attacks and metrics."""
+    """The closure ``x -> logits`` in evaluation mode, for attacks and metrics.
 
-    def logits_fn(x: Float[ArrayLike, "n ..."]) -> Float[Array, "n k"]:
-        return model_fn(params, model_state, x, False, None)[0]
+    It is a ``jax.tree_util.Partial`` over the parameters and the state: a pytree, which can be an
+    argument of a compiled function. That function then holds no copy of the parameters, and serves
+    every checkpoint of the same model.
+    """
+    return jax.tree_util.Partial(_eval_logits, _Static(model_fn), params, model_state)
 
-    return logits_fn
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A function as part of a pytree's structure."""
+
+    function: Callable
+
+
+def _eval_logits(
+    model_fn: _Static, params: PyTree, model_state: PyTree, x: Float[ArrayLike, "n ..."]
+) -> Float[Array, "n k"]:
+    return model_fn.function(params, model_state, x, False, None)[0]
 
 
 def from_linen(module: nn.Module) -> Model:

@@ -3,7 +3,7 @@
 Sources: He et al. (2016), "Deep residual learning for image recognition"; He et al. (2016),
 "Identity mappings in deep residual networks". The layout for 32x32 images (3x3 stem without
 pooling, four stages of widths 1, 2, 4, 8 times ``width``, strides 1, 2, 2, 2) is the one that the
-literature on adversarial training uses. Convolutions pad as PyTorch does.
+literature on adversarial training uses. Convolutions pad as PyTorch does, unless told otherwise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,17 +83,26 @@ def _projected(block: BasicBlock | BottleneckBlock, x: Array, channels: int) -> 
     return block.norm(x, name="shortcut_norm")
 
 
+ACTIVATIONS = {"relu": jax.nn.relu, "swish": jax.nn.silu}
+STRIDED_PADDINGS = {"all_sides": 1, "end": ((0, 1), (0, 1))}
+
+
 class PreActBlock(nn.Module):
-    """Norm, ReLU, 3x3 convolution, twice, added to the input without anything after the sum.
+    """Norm, activation, 3x3 convolution, twice, added to the input; nothing after the sum.
 
     Attributes:
       channels: output channels.
       strides: stride of the first convolution.
       conv, norm: the model's convolution and normalisation.
-      shortcut: what the 1x1 convolution is applied to where the shape changes: the block's
-        ``"input"``, or the ``"preactivated"`` input, after norm and ReLU.
+      shortcut: what the projection is applied to where the shape changes: the block's
+        ``"input"``, or the ``"preactivated"`` input, after norm and activation.
       dropout_rate: rate of dropout before the second convolution.
       train: whether dropout is active.
+      activation: ``"relu"`` or ``"swish"``.
+      strided_padding: how 3x3 convolutions with a stride pad: ``"all_sides"`` by one, as is usual
+        in PyTorch, or only at the ``"end"``, bottom and right, as TensorFlow's and JAX's ``SAME``
+        does for even sizes.
+      projection_size: side of the projection's kernel, 1 or 3.
     """
 
     channels: int
@@ -103,18 +112,30 @@ class PreActBlock(nn.Module):
     shortcut: str = "input"
     dropout_rate: float = 0.0
     train: bool = False
+    activation: str = "relu"
+    strided_padding: str = "all_sides"
+    projection_size: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n p q d"]:
         """The block's output."""
         checks.choice("shortcut", self.shortcut, ("input", "preactivated"))
-        y = jax.nn.relu(self.norm(x, name="norm1"))
+        size = checks.choice("projection_size", self.projection_size, (1, 3))
+        activation = ACTIVATIONS[checks.choice("activation", self.activation, ACTIVATIONS)]
+        checks.choice("strided_padding", self.strided_padding, STRIDED_PADDINGS)
+        padding = 1 if self.strides == 1 else STRIDED_PADDINGS[self.strided_padding]
+        y = activation(self.norm(x, name="norm1"))
         if self.strides != 1 or x.shape[-1] != self.channels:
             source = x if self.shortcut == "input" else y
-            projection = self.conv(self.channels, 1, self.strides, padding=0, name="shortcut_conv")
-            x = projection(source)
-        y = self.conv(self.channels, 3, self.strides, padding=1, name="conv1")(y)
-        y = jax.nn.relu(self.norm(y, name="norm2"))
+            x = self.conv(
+                self.channels,
+                size,
+                self.strides,
+                padding=0 if size == 1 else padding,
+                name="shortcut_conv",
+            )(source)
+        y = self.conv(self.channels, 3, self.strides, padding=padding, name="conv1")(y)
+        y = activation(self.norm(y, name="norm2"))
         y = nn.Dropout(self.dropout_rate, deterministic=not self.train)(y)
         return x + self.conv(self.channels, 3, padding=1, name="conv2")(y)
 
@@ -174,16 +195,19 @@ class PreActResNet(nn.Module):
 
     The defaults are those of the reference code of fast adversarial training: the projections
     act on the block's input, and nothing stands between the last sum and the average. The
-    original has ``shortcut="preactivated"``, ``final_norm=True``.
+    original has ``shortcut="preactivated"``, ``final_norm=True``. The variant of Gowal et al. has
+    ``final_norm=True, activation="swish", strided_padding="end", projection_size=3``.
 
     Attributes:
       stage_sizes, num_classes, width, norm, conv, mean, std, dtype, axis_name, kernel_init: as in
         ``ResNet``.
       shortcut: ``"input"`` or ``"preactivated"``: what a projection is applied to.
-      final_norm: whether the last stage is followed by normalisation and ReLU.
+      final_norm: whether the last stage is followed by normalisation and activation.
+      activation, strided_padding, projection_size: as in ``PreActBlock``.
 
     Sources: He et al. (2016), "Identity mappings in deep residual networks"; Wong, Rice and Kolter
-    (2020), "Fast is better than free"; Andriushchenko and Flammarion (2020).
+    (2020), "Fast is better than free"; Andriushchenko and Flammarion (2020); Gowal et al. (2020),
+    "Uncovering the limits of adversarial training against norm-bounded adversarial examples".
     """
 
     stage_sizes: Sequence[int]
@@ -192,6 +216,9 @@ class PreActResNet(nn.Module):
     norm: str = "batch"
     shortcut: str = "input"
     final_norm: bool = False
+    activation: str = "relu"
+    strided_padding: str = "all_sides"
+    projection_size: int = 1
     conv: str = "canonical"
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
@@ -208,9 +235,20 @@ class PreActResNet(nn.Module):
         x = Normalize(self.mean, self.std)(x)
         x = conv(self.width, 3, padding=1, name="stem_conv")(x)
         for name, channels, strides in _blocks(self.stage_sizes, self.width):
-            x = PreActBlock(channels, strides, conv, norm, self.shortcut, name=name)(x)
+            block = PreActBlock(
+                channels,
+                strides,
+                conv,
+                norm,
+                self.shortcut,
+                activation=self.activation,
+                strided_padding=self.strided_padding,
+                projection_size=self.projection_size,
+                name=name,
+            )
+            x = block(x)
         if self.final_norm:
-            x = jax.nn.relu(norm(x, name="final_norm"))
+            x = ACTIVATIONS[self.activation](norm(x, name="final_norm"))
         return classify(x, self.num_classes)
 
 

@@ -1,24 +1,25 @@
 """Wide residual networks for small images.
 
-Source: Zagoruyko and Komodakis (2016), "Wide residual networks".
+Sources: Zagoruyko and Komodakis (2016), "Wide residual networks"; Gowal et al. (2020), "Uncovering
+the limits of adversarial training against norm-bounded adversarial examples", for the variant with
+``activation="swish", strided_padding="end"``.
 """
 
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from robustjax import checks
 from robustjax.models.layers import Normalize, classify, conv_and_norm, he_fan_out
-from robustjax.models.resnet import PreActBlock
+from robustjax.models.resnet import ACTIVATIONS, PreActBlock
 
 
 class WideResNet(nn.Module):
     """WRN-``depth``-``widen_factor``: three stages of pre-activation blocks, 16k, 32k, 64k wide.
 
-    Projections act on the pre-activated input, normalisation and ReLU follow the last stage.
+    Projections act on the pre-activated input, normalisation and activation follow the last stage.
 
     Attributes:
       depth: number of convolutions and dense layers, ``6 n + 4`` for ``n`` blocks in a stage.
@@ -26,6 +27,8 @@ class WideResNet(nn.Module):
       num_classes: number of logits.
       norm: ``"batch"``, ``"group"`` or ``"none"`` (convolutions then have a bias).
       dropout_rate: rate of dropout between the convolutions of a block.
+      activation: ``"relu"`` or ``"swish"``.
+      strided_padding: ``"all_sides"`` or ``"end"``, see ``PreActBlock``.
       conv: ``"canonical"`` or ``"plain"``, see ``Conv``.
       mean, std: input normalisation, per channel; see ``Normalize``.
       dtype: dtype of the computation; parameters, statistics and logits are float32.
@@ -41,6 +44,8 @@ class WideResNet(nn.Module):
     num_classes: int = 10
     norm: str = "batch"
     dropout_rate: float = 0.0
+    activation: str = "relu"
+    strided_padding: str = "all_sides"
     conv: str = "canonical"
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
@@ -71,8 +76,10 @@ class WideResNet(nn.Module):
                     shortcut="preactivated",
                     dropout_rate=self.dropout_rate,
                     train=train,
+                    activation=self.activation,
+                    strided_padding=self.strided_padding,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )
                 x = layer(x)
-        x = jax.nn.relu(norm(x, name="final_norm"))
+        x = ACTIVATIONS[self.activation](norm(x, name="final_norm"))
         return classify(x, self.num_classes)

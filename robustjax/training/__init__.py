@@ -2,7 +2,6 @@
 
 - ``state``: ``TrainState``, ``create_state``, ``parameter_count``
 - ``step``: ``train_step``; ``several_steps``, ``several_resident_steps`` (many in one dispatch)
-- ``parallel``: ``device_mesh``, ``parallel``, ``replicate``, ``split``, ...
 - ``evaluate``: ``make_evaluator``, ``adversarial_panel``
 - ``checkpoint``: ``open_checkpoints``, ``save``, ``restore``
 - ``loop``: ``fit``, ``steps_per_dispatch``
@@ -10,7 +9,7 @@
 - ``flops``: ``count_flops``
 """
 
-from robustjax.training import checkpoint, figures, parallel, report
+from robustjax.training import checkpoint, figures, report
 from robustjax.training.evaluate import adversarial_panel, make_evaluator
 from robustjax.training.flops import count_flops
 from robustjax.training.loop import fit, steps_per_dispatch
@@ -26,7 +25,6 @@ __all__ = [
     "figures",
     "fit",
     "make_evaluator",
-    "parallel",
     "parameter_count",
     "report",
     "several_resident_steps",

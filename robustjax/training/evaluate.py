@@ -9,11 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from robustjax import checks, keys
+from robustjax import checks, keys, parallel
 from robustjax.attacks import Attack
 from robustjax.metrics.accuracy import correct
 from robustjax.objectives import ModelFn
-from robustjax.training import parallel
 
 Evaluator = Callable[..., dict[str, np.ndarray]]
 

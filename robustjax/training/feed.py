@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from robustjax import checks, data, keys
-from robustjax.training import parallel
+from robustjax import checks, data, keys, parallel
 from robustjax.training.loop import Advance
 from robustjax.training.step import Step, several_resident_steps, several_steps
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from robustjax import checks
-from robustjax.training import parallel
+from robustjax import checks, parallel
 from robustjax.training.state import TrainState
 
 # advance(state, epoch, first, count) -> (state, metrics (count,)): runs `count` steps of `epoch`

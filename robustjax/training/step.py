@@ -3,7 +3,7 @@
 ``step(state, batch) -> (state, metrics)`` holds augmentation, attack, gradient and update. It is
 a pure function of one device's share of the batch. With ``axis_name`` it takes the means over the
 devices of gradients, statistics and metrics in one all-reduce; map it with
-``robustjax.training.parallel`` or with ``jax.pmap(step, axis_name=...)``.
+``robustjax.parallel`` or with ``jax.pmap(step, axis_name=...)``.
 """
 
 from collections.abc import Callable

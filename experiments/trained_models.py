@@ -1,0 +1,105 @@
+"""Models that an earlier run trained, from its folder."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import training_run
+from experiments.training_settings import Settings
+from robustjax import checks, data, models, training
+from robustjax.training import checkpoint, report
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A trained model and what it was trained on.
+
+    Attributes:
+      logits_fn: in evaluation mode and float32; a ``jax.tree_util.Partial`` over its parameters.
+      settings: of the training run.
+      step: training step of the checkpoint.
+      name: for tables.
+    """
+
+    logits_fn: Callable
+    settings: Settings
+    step: int
+    name: str
+
+
+def load(
+    directory: str | Path, which: str = "best", *, data_dir: str | None = None
+) -> TrainedModel:
+    """Reads a checkpoint of ``experiments.adversarial_training``.
+
+    Args:
+      directory: the folder of one model, ``WORKDIR/OBJECTIVE``.
+      which: ``"best"`` on the validation set or ``"last"``.
+      data_dir: where TFDS sets are prepared, if the model was trained on one.
+
+    Raises:
+      ValueError: there is no such run, or its checkpoints are damaged.
+    """
+    checks.choice("which", which, ("best", "last"))
+    directory = Path(directory)
+    settings = dataclasses.replace(read_settings(directory), data_dir=data_dir)
+    objective = settings.objective[0]
+    test = training_run.load_split(settings, "test")
+    parts = training_run.build(settings, objective, settings.batch_size, test.num_classes)
+    image = jnp.zeros((1, *np.asarray(test[0]["image"]).shape))
+    params, model_state = jax.jit(parts.model.init)(jax.random.key(0), image)
+    like = training.create_state(params, model_state, parts.optimizer, jax.random.key(0))
+    if not (directory / "checkpoints").is_dir():
+        raise ValueError(f"{directory} must hold checkpoints/, got a folder without")
+    metric = "clean" if objective == "standard" else f"pgd{settings.validation_steps}"
+    with checkpoint.open_checkpoints(directory / "checkpoints", best_metric=metric) as manager:
+        step = manager.best_step() if which == "best" else manager.latest_step()
+        state = checkpoint.restore(manager, like, step=step)
+    return TrainedModel(
+        models.eval_logits(parts.exact_model.apply, state.params, state.model_state),
+        settings,
+        int(state.step),
+        f"{objective} {settings.model}, {which}",
+    )
+
+
+def read_settings(directory: str | Path) -> Settings:
+    """The settings of the run in a folder.
+
+    Raises:
+      ValueError: there is no such run.
+    """
+    path = Path(directory) / report.CONFIG
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory} must be the folder WORKDIR/OBJECTIVE of a training run: "
+            f"{path.name} cannot be read"
+        ) from error
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    if not isinstance(values, dict) or not set(values) <= fields or "objective" not in values:
+        raise ValueError(f"{path} must hold the settings of a training run")
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def evaluation_set(settings: Settings, split: str, examples: int) -> data.Dataset:
+    """The first examples of a split of the run's data set, in memory.
+
+    Raises:
+      ValueError: the set is not there, or has fewer examples.
+    """
+    dataset = data.load(
+        settings.dataset,
+        split,
+        data_dir=settings.data_dir,
+        validation_size=settings.validation_size,
+    )
+    checks.integer("examples", examples, at_least=1, at_most=len(dataset))
+    return dataset.subset(np.arange(examples))
