@@ -9,6 +9,7 @@ sections 3 and 4.1; the numerical thresholds are those of the reference implemen
 Hein (2020).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
 from robustjax import keys
+from robustjax.attacks.stepwise import as_partial
 from robustjax.losses import dlr, margin
 
 UNRELIABLE_DROP = 0.002
@@ -92,23 +94,37 @@ def of_model(
       randomized: the model takes keys.
     """
     own_keys = keys.as_per_example(key, len(x))
-
-    def logits_of(z: Array, run: Any) -> Array:
-        return logits_fn(z, keys.fold_in(own_keys, run)) if randomized else logits_fn(z)
-
+    model = as_partial(logits_fn)
     with jax.default_matmul_precision("highest"):
-        forward = jax.jit(logits_of)
-        runs = np.stack([np.asarray(forward(x, run)) for run in range(RUNS)])
-        loss = dlr if runs.shape[-1] >= 3 else margin
-        gradient = jax.jit(jax.grad(lambda z: loss(logits_of(z, 0), y).sum()))(x)
+        runs = [_logits(model, x, own_keys, run, randomized=randomized) for run in range(RUNS)]
+        runs = np.stack([np.asarray(logits) for logits in runs])
+        gradient = _gradient(model, x, y, own_keys, randomized=randomized)
     looks = (
         not_a_number(runs[0]),
         randomness(runs, np.asarray(y)),
         probabilities(runs[0]),
         zero_gradients(np.asarray(gradient)),
-        dynamics(lambda z: logits_of(z, 0), x),
+        dynamics(lambda z: _logits(model, z, own_keys, 0, randomized=randomized), x),
     )
     return [flag for flags in looks for flag in flags]
+
+
+@functools.partial(jax.jit, static_argnames="randomized")
+def _logits(
+    model: Callable[..., Array], x: Array, own_keys: Array, run: Any, *, randomized: bool
+) -> Array:
+    return model(x, keys.fold_in(own_keys, run)) if randomized else model(x)
+
+
+@functools.partial(jax.jit, static_argnames="randomized")
+def _gradient(
+    model: Callable[..., Array], x: Array, y: Array, own_keys: Array, *, randomized: bool
+) -> Array:
+    def total(z: Array) -> Array:
+        logits = _logits(model, z, own_keys, 0, randomized=randomized)
+        return (dlr if logits.shape[-1] >= 3 else margin)(logits, y).sum()
+
+    return jax.grad(total)(x)
 
 
 def randomness(runs: np.ndarray, y: np.ndarray) -> list[Flag]:
