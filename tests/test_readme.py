@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_python_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     namespace = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
@@ -20,6 +20,9 @@ def test_the_python_examples_run(capsys):
     assert int(namespace["state"].step) == 1
     assert jnp.isfinite(namespace["metrics"]["loss"])
     assert jnp.isfinite(x_adv).all()
+    result = namespace["result"]
+    assert result.clean_accuracy == 1 >= result.robust_accuracy
+    assert [record.name for record in result.attacks] == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
 def test_every_path_and_command_it_names_is_there():

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from robustjax import checks, keys
 from robustjax.attacks import apgd, apgd_targeted, fab, fab_targeted, square
@@ -204,10 +204,10 @@ def auto_attack(
         logits_fn: Callable[..., Array],
         threat: ThreatModel,
         key: Array,
-        x: np.ndarray,
-        y: np.ndarray,
+        x: Float[ArrayLike, "n ..."],
+        y: Int[ArrayLike, " n"],
         *,
-        index: np.ndarray | None = None,
+        index: Int[ArrayLike, " n"] | None = None,
         state_path: str | Path | None = None,
         save_every: float = 10.0,
         on_attack: Callable[[AttackRecord], None] = lambda record: None,

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from robustjax import checks
 from robustjax.benchmark.auto_attack import (
@@ -77,8 +76,8 @@ class BenchmarkResult:
 
 def benchmark(
     model: Callable[..., Array],
-    x: np.ndarray,
-    y: np.ndarray,
+    x: Float[ArrayLike, "n ..."],
+    y: Int[ArrayLike, " n"],
     threat: ThreatModel,
     attacks: str | Mapping[str, MakeAttack] = "standard",
     *,
