@@ -57,10 +57,12 @@ def operands(dtype=np.float32, n=2):
     )
 
 
-# 5 positions by 8: odd and even, and a kernel of 5 has one position to go.
+# 5 positions by 8: odd and even, and a kernel of 5 has one position to go. Images of one and of two
+# channels have lowerings of their own.
+@pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
-def test_values_and_gradients_are_those_of_autodiff(kernel, stride):
+def test_values_and_gradients_are_those_of_autodiff(kernel, stride, channels):
     paddings = ("SAME", "VALID", ((1, 1), (1, 1)), ((3, 0), (1, 2)))
 
     def values_and_gradients(conv, x, w):
@@ -71,7 +73,10 @@ def test_values_and_gradients_are_those_of_autodiff(kernel, stride):
         return results
 
     with jax.enable_x64(True):
-        x, w = jnp.asarray(normal(2, 5, 8, 3)), jnp.asarray(normal(kernel, kernel, 3, 4))
+        x, w = (
+            jnp.asarray(normal(2, 5, 8, channels)),
+            jnp.asarray(normal(kernel, kernel, channels, 4)),
+        )
         ours, plain = both(values_and_gradients, x, w)
     assert_trees_equal(ours, plain)
 

@@ -38,7 +38,7 @@ def _equation(equation: core.JaxprEqn) -> int:
         return _convolution(equation)
     if name.startswith("canonical_conv"):
         # The library's own primitives: count the convolution that each stands for.
-        written = functools.partial(equation.primitive.impl, **params)
+        written = functools.partial(equation.primitive.plain, **params)
         return count_flops(written, *(v.aval for v in equation.invars))
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
