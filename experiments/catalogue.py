@@ -23,7 +23,16 @@ FAST += "--attack_start=zero --attack_mode=train"
 
 OUTER = "Dabouei et al. 2022, Revisiting outer optimization in adversarial training"
 FAST_AT = "Andriushchenko 2024, Understanding generalization and robustness, ch. 2 (fast training)"
+SQUARE = "Andriushchenko 2024, Understanding generalization and robustness, ch. 3 (Square Attack)"
+ROBUSTBENCH = "Andriushchenko 2024, Understanding generalization and robustness, ch. 4 (benchmark)"
+STRUCTURES = "Sanyal 2021, Identifying and exploiting structures for reliable deep learning"
+BRIDGING = "Faghri et al. 2021, Bridging adversarial robustness and optimization bias"
 DEMO = "robustjax"
+
+EVALUATE = "python -m experiments.evaluate"
+CURVES = "python -m experiments.attack_curves"
+FOURIER = "python -m experiments.fourier_attack"
+STUDY = "python -m experiments.square_attack"
 
 
 class Entry(NamedTuple):
@@ -39,9 +48,14 @@ class Entry(NamedTuple):
 CATALOGUE = (
     Entry(DEMO, "demo", "standard and adversarial training side by side, MNIST-5k, l_inf 0.2",
           "yes", (TRAINING,)),
+    Entry(DEMO, "evaluation", "AutoAttack on a robust network, MNIST-5k, l_inf 0.2", "yes",
+          (EVALUATE,)),
+    Entry(DEMO, "curves", "robust accuracy over eps for every attack", "yes", (CURVES,)),
+    Entry(DEMO, "Fourier", "Fourier-l_inf attacks on four small networks", "yes", (FOURIER,)),
     Entry(OUTER, "Table 1", "time per iteration of seven outer optimizers", "no"),
     Entry(OUTER, "Table 2", "seven outer optimizers, vanilla adversarial training, CIFAR-10",
-          "part: MSGD, without AutoAttack", (f"{TRAINING} --preset=paper",)),
+          "part: MSGD; the second command gives the column AA",
+          (f"{TRAINING} --preset=paper", f"{EVALUATE} --preset=paper")),
     Entry(OUTER, "Table 3", "Vanilla, TRADES, MART, AWP x MSGD, ENGM",
           "part: Vanilla and TRADES with MSGD, CIFAR-10 and CIFAR-100, without AutoAttack",
           (f"{TRAINING} --preset=paper --epochs=200 --milestones=100,150 "
@@ -85,6 +99,46 @@ CATALOGUE = (
           "part: FGSM-RS, PGD-2, PGD-10",
           (f"{FAST} --dataset=svhn_cropped --epochs=15 --learning_rate=0.05 --eps_warmup=5 "
            "--attack_step_size=1.6/255 --workdir=runs/fast/svhn_pgd10",)),
+    Entry(SQUARE, "Figs. 3.1, 3.4, 3.6", "success rate over queries",
+          "part: Square and SimBA, on CIFAR-10 and digits",
+          (f"{STUDY} --study=curves", f"{STUDY} --preset=paper --study=curves")),
+    Entry(SQUARE, "Table 3.3", "queries on the points that all attacks broke",
+          "part: Square and SimBA, on CIFAR-10 and digits", (f"{STUDY} --study=curves",)),
+    Entry(SQUARE, "Tables 3.1, 3.7", "ablations of windows, signs, updates, first points",
+          "part: CIFAR-10 and digits in place of ImageNet",
+          (f"{STUDY} --study=ablation", f"{STUDY} --preset=paper --study=ablation")),
+    Entry(SQUARE, "Fig. 3.5", "sensitivity to the first share of pixels",
+          "part: CIFAR-10 and digits in place of ImageNet",
+          (f"{STUDY} --study=p", f"{STUDY} --preset=paper --study=p")),
+    Entry(SQUARE, "Tables 3.4, 3.5", "robust MNIST models, white-box against black-box",
+          "part: PGD, SimBA and Square, a smaller network",
+          (f"{STUDY} --study=robust", f"{STUDY} --preset=paper --study=robust")),
+    Entry(SQUARE, "Table 3.8", "stability over ten seeds", "part: MNIST, CIFAR-10 and digits",
+          (f"{STUDY} --study=seeds", f"{STUDY} --preset=paper --study=seeds")),
+    Entry(SQUARE, "Table 3.9", "targeted: cross-entropy against margin",
+          "part: Square, on CIFAR-10 and digits",
+          (f"{STUDY} --study=targeted", f"{STUDY} --preset=paper --study=targeted")),
+    Entry(SQUARE, "Fig. 3.8", "perturbations after 10, 100 and 500 queries",
+          "part: MNIST and digits",
+          (f"{STUDY} --study=steps", f"{STUDY} --preset=paper --study=steps")),
+    Entry(SQUARE, "Props. 3.5.1, 3.5.2", "random search and its bound; why squares", "yes",
+          (f"{STUDY} --study=theory",)),
+    Entry(DEMO, "masking", "scaled logits blind PGD and not Square", "yes",
+          (f"{STUDY} --study=masking",)),
+    Entry(ROBUSTBENCH, "Tables 4.3, 4.4", "leaderboards: AutoAttack on CIFAR-10, l_inf and l_2",
+          "part: any model of the zoo with a ResNet, PreAct-ResNet or WideResNet, from its file",
+          (f"{EVALUATE} --preset=paper --torch_checkpoint=FILE.pt --model=wrn28",
+           f"{EVALUATE} --preset=paper --torch_checkpoint=FILE.pt --model=wrn28 --threat=l2 "
+           "--eps=0.5 --workdir=runs/evaluate/l2")),
+    Entry(ROBUSTBENCH, "Sec. 4.4.1", "warnings of an evaluation", "yes", (EVALUATE,)),
+    Entry(STRUCTURES, "Fig. 3.1", "accuracies along the steps of Iter-LL-FGSM and Iter-FGSM",
+          "yes", (f"{CURVES} --preset=paper",)),
+    Entry(BRIDGING, "Fig. 5.1, B.3-B.8", "images under l_inf and Fourier-l_inf attacks",
+          "part: models trained here with standard and adversarial training, not the zoo's",
+          (f"{FOURIER} --preset=paper",)),
+    Entry(BRIDGING, "Fig. 5.5", "maximal eps of robust models under the Fourier-l_inf attack",
+          "part: models trained here with standard and adversarial training, not the zoo's",
+          (f"{FOURIER} --preset=paper",)),
 )  # fmt: skip
 
 
