@@ -10,6 +10,9 @@ autoattack  version ``standard``, in all and by attack
 query       one query of Square per image, without the rest of the ensemble
 growth      our time for 1, 2 and 4 times the examples, and by the share that is robust
 
+On a CPU the batch is split over one simulated device per core, as ``JAX_NUM_CPU_DEVICES`` does for
+any program; PyTorch uses as many threads.
+
 Needs PyTorch and the packages of requirements-parity.txt (see the README).
 """
 
@@ -50,8 +53,9 @@ class Settings:
     threat: str = setting("linf", "norm", "threat model", choices=("linf", "l2"))
     eps: float = setting(0.1, "radius", "threat model", unit="input units")
     examples: int = setting(500, "test images", "run", unit="examples")
-    batch_size: int = setting(100, "of ours", "run", unit="examples")
+    batch_size: int = setting(128, "of ours", "run", unit="examples")
     reference_batch_size: int = setting(500, "of the reference", "run", unit="examples")
+    cpu_devices: int = setting(2, "simulated devices of ours, one per core", "run")
     rounds: int = setting(1, "measurements of each after the warm-up", "run")
     out: str | None = setting(
         "benchmarks/results/autoattack-cpu.json", "file for the results; None: none", "run")
@@ -59,13 +63,21 @@ class Settings:
 
     def __post_init__(self):
         command_line.check_choices(self)
-        for name in ("epochs", "examples", "batch_size", "reference_batch_size", "rounds"):
+        for name in (
+            "epochs",
+            "examples",
+            "batch_size",
+            "reference_batch_size",
+            "rounds",
+            "cpu_devices",
+        ):
             checks.integer(name, getattr(self, name), at_least=1)
         checks.number("eps", self.eps, above=0)
 
 
 def main(settings: Settings) -> dict[str, Any]:
     """Runs the parts, prints tables, writes JSON."""
+    jax.config.update("jax_num_cpu_devices", settings.cpu_devices)
     trained, x, y = subject(settings)
     results: dict[str, Any] = {
         "environment": machine.environment(),

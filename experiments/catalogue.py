@@ -50,7 +50,9 @@ CATALOGUE = (
           "yes", (TRAINING,)),
     Entry(DEMO, "evaluation", "AutoAttack on a robust network, MNIST-5k, l_inf 0.2", "yes",
           (EVALUATE,)),
-    Entry(DEMO, "curves", "robust accuracy over eps for every attack", "yes", (CURVES,)),
+    Entry(DEMO, "curves", "robust accuracy over eps for every attack", "yes",
+          (CURVES, f"{CURVES} --threat=l2 --eps_max=3 --workdir=runs/attack_curves/l2 "
+           "--attacks=pgd,apgd-t,autoattack,fab,deepfool,cw")),
     Entry(DEMO, "Fourier", "Fourier-l_inf attacks on four small networks", "yes", (FOURIER,)),
     Entry(OUTER, "Table 1", "time per iteration of seven outer optimizers", "no"),
     Entry(OUTER, "Table 2", "seven outer optimizers, vanilla adversarial training, CIFAR-10",
@@ -132,7 +134,9 @@ CATALOGUE = (
            "--eps=0.5 --workdir=runs/evaluate/l2")),
     Entry(ROBUSTBENCH, "Sec. 4.4.1", "warnings of an evaluation", "yes", (EVALUATE,)),
     Entry(STRUCTURES, "Fig. 3.1", "accuracies along the steps of Iter-LL-FGSM and Iter-FGSM",
-          "yes", (f"{CURVES} --preset=paper",)),
+          "yes",
+          (f"{TRAINING} --preset=paper --model=resnet18 --objective=standard "
+           "--workdir=runs/attack_curves/models", f"{CURVES} --preset=paper")),
     Entry(BRIDGING, "Fig. 5.1, B.3-B.8", "images under l_inf and Fourier-l_inf attacks",
           "part: models trained here with standard and adversarial training, not the zoo's",
           (f"{FOURIER} --preset=paper",)),

@@ -123,15 +123,15 @@ def main(settings: Settings) -> dict[str, Any] | None:
     for name in ("workdir", "resume", "dry_run", "data_dir"):
         del config[name]
     workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
-    subject = _subject(settings, workdir)
-    x = data.as_float(subject.examples.image)
-    y = subject.examples.label
+    tested = subject(settings, workdir)
+    x = data.as_float(tested.examples.image)
+    y = tested.examples.label
     report.print_lines(
-        f"{subject.name}: {len(y)} examples of {subject.examples.name}, {settings.split}; "
+        f"{tested.name}: {len(y)} examples of {tested.examples.name}, {settings.split}; "
         f"{settings.threat} eps = {settings.eps:.4g}"
     )
     result = benchmark(
-        subject.logits_fn,
+        tested.logits_fn,
         x,
         y,
         threat,
@@ -140,14 +140,14 @@ def main(settings: Settings) -> dict[str, Any] | None:
         batch_size=settings.batch_size,
         state_path=workdir / "state.npz",
         on_attack=_print_attack,
-        model_name=subject.name,
-        dataset=subject.examples.name,
+        model_name=tested.name,
+        dataset=tested.examples.name,
     )
     if report.is_writer():
         report.write_json(workdir / "results.json", result.to_json())
         outcome = result.outcome
         np.savez(workdir / "adversarial.npz", x_adv=outcome.x_adv, robust=outcome.robust, y=y)
-        _panel(settings, subject, result, x, y, workdir)
+        _panel(settings, tested, result, x, y, workdir)
     _print_result(settings, result)
     return result.to_json()
 
@@ -158,7 +158,8 @@ def _attacks(settings: Settings) -> str | dict[str, Any]:
     return {name: choices.EVALUATION_ATTACKS[name] for name in settings.attack}
 
 
-def _subject(settings: Settings, workdir: Path) -> Subject:
+def subject(settings: Settings, workdir: Path) -> Subject:
+    """The model and the examples of these settings; trains the model if that is asked for."""
     if settings.torch_checkpoint:
         return _imported(settings)
     directory = settings.checkpoint or _trained_here(settings, workdir)

@@ -9,7 +9,7 @@ Networks trained in different ways are attacked within l_inf and Fourier-l_inf b
 over eps, and the largest eps at which it is still within one point of the clean one. The paper
 preset evaluates models that were trained before (--checkpoints), as by
 
-  python -m experiments.adversarial_training --preset=paper --model=wrn28 \\
+  python -m experiments.adversarial_training --preset=paper --model=wrn28 \
       --objective=standard,madry --workdir=runs/fourier_attack/models
 
 WORKDIR gets config.json, results.json, curves.png and, for each model, panel_MODEL.png.

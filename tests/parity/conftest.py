@@ -35,15 +35,26 @@ def one_thread():
 @pytest.fixture(scope="session")
 def trained() -> Trained:
     """SmallCNN on MNIST-5k after four epochs of FGSM-RS at l_inf 0.1; the same in every run."""
+    objective = objectives.madry(attacks.fgsm_rs(ThreatModel(LInf(), 0.1)))
+    return both(models.SmallCNN(), objective)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Trained:
+    """A SmallCNN of 13,494 parameters after four epochs on clean images."""
+    return both(models.SmallCNN(channels=(4, 8), hidden=32), objectives.standard())
+
+
+def both(module: models.SmallCNN, objective: objectives.Objective) -> Trained:
+    """Four epochs of Adam, and the same network in PyTorch."""
     pytest.importorskip("torch", reason=networks.INSTALL)
     from benchmarks import torch_peers
 
     train, test = data.load("mnist5k", "train"), data.load("mnist5k", "test")
-    model = models.from_linen(models.SmallCNN())
+    model = models.from_linen(module)
     batch_size, epochs = 100, 4
     steps = epochs * (len(train) // batch_size)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    objective = objectives.madry(attacks.fgsm_rs(ThreatModel(LInf(), 0.1)))
     step = training.train_step(model.apply, objective, optimizer)
     run = jax.jit(training.several_resident_steps(step, data.take))
 
@@ -55,7 +66,8 @@ def trained() -> Trained:
         state, metrics = run(state, arrays, data.epoch_batches(key, epoch, len(train), batch_size))
     assert float(metrics["loss"][-1]) < 1.0
 
-    network = torch_peers.load_flax(torch_peers.SmallCNN(28), state.params, state.model_state)
+    network = networks.small_cnn(module.channels, module.hidden)
+    network = torch_peers.load_flax(network, state.params, state.model_state)
     return Trained(
         jax.jit(models.eval_logits(model.apply, state.params, state.model_state)),
         network.eval().requires_grad_(False),

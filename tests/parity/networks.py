@@ -1,4 +1,4 @@
-"""Networks of both sides: PyTorch classes of ``robustbench``, and ours with random weights."""
+"""PyTorch networks: the classes of ``robustbench``, random weights, peers of our small one."""
 
 import functools
 import importlib.util
@@ -26,6 +26,22 @@ def robustbench(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def small_cnn(channels, hidden):
+    """The peer of ``robustjax.models.SmallCNN`` of these widths, for MNIST."""
+    from torch import nn
+
+    from benchmarks import torch_peers
+
+    first, second = channels
+    network = torch_peers.SmallCNN(28)
+    network.conv1 = nn.Conv2d(1, first, 4, 2, padding=1)
+    network.conv2 = nn.Conv2d(first, second, 4, 2, padding=1)
+    network.features = (7, 7, second)
+    network.dense = nn.Linear(7 * 7 * second, hidden)
+    network.head = nn.Linear(hidden, 10)
+    return network
 
 
 def randomise(network, seed: int = 0):
