@@ -109,9 +109,7 @@ def test_pytorch_file(tmp_path, monkeypatch):
         model.apply(params, model_state, jnp.array(images), False, None)[0].argmax(-1), np.int32
     )
     labels[:3] = [0, 1, 2]
-    np.savez(
-        tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels
-    )
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     settings = parse(
         f"--torch_checkpoint={tmp_path / 'net.npz'}", "--model=wrn28", "--attack=fgsm",
         f"--dataset=npz:{tmp_path / 'set.npz'}", "--examples=12", "--batch_size=16", "--eps=0",
