@@ -1,7 +1,7 @@
 """Attacks that go in steps and know which examples they are done with.
 
 An iterative attack is written once, as three functions of a per-example state. ``StepwiseAttack``
-runs them in one compiled loop, like any attack; ``robustjax.attacks.in_chunks`` runs the same
+runs them in one compiled loop, like any attack; ``robustjax.benchmark.ChunkedAttack`` runs the same
 functions a few steps at a time and drops the examples that are done in between, so that an example
 which is broken early costs nothing more. An example's result is the same either way.
 """
