@@ -211,15 +211,14 @@ def _panel(settings, subject, result: BenchmarkResult, x, y, workdir: Path) -> N
     broken = np.flatnonzero(outcome.correct & ~outcome.robust)
     shown = broken if len(broken) else np.arange(len(y))
     shown = shown[np.linspace(0, len(shown) - 1, min(8, len(shown))).astype(int)]
-    predict = jax.jit(lambda logits_fn, z: jnp.argmax(logits_fn(z), axis=-1))
-    logits_fn = parallel.to_host(subject.logits_fn)
-    panel = {
-        "image": x[shown],
-        "adversarial": outcome.x_adv[shown],
-        "label": y[shown],
-        "prediction": np.asarray(predict(logits_fn, x[shown])),
-        "adversarial_prediction": np.asarray(predict(logits_fn, outcome.x_adv[shown])),
-    }
+    found = jnp.asarray(outcome.x_adv[shown])
+    panel = training.adversarial_panel(
+        parallel.to_host(subject.logits_fn),
+        lambda logits_fn, key, x, y: found,
+        jax.random.key(settings.seed),
+        jnp.asarray(x[shown]),
+        jnp.asarray(y[shown]),
+    )
     title = f"{','.join(settings.attack)}, {settings.threat}, eps = {settings.eps:.4g}"
     figures.image_panel(panel, workdir / "panel.png", title=title)
 

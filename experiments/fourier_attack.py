@@ -29,6 +29,7 @@ from experiments import choices, command_line, fourier_figures, trained_models
 from experiments.command_line import setting
 from robustjax import attacks, checks, data, keys, losses, models, objectives, parallel, training
 from robustjax.attacks.fourier import project_in_box, violation
+from robustjax.benchmark import BatchedFunction
 from robustjax.fourier_norms import FourierLInf
 from robustjax.metrics import correct
 from robustjax.metrics.margins import max_eps, near_clean
@@ -288,43 +289,37 @@ def _attacks(settings: Settings, threat: ThreatModel) -> list[attacks.Attack]:
     return [then_projected(method) for method in settings.methods]
 
 
-def _judge(settings: Settings, norm: Norm) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _judge(settings: Settings, norm: Norm) -> BatchedFunction:
     """Which examples withstand all methods, and the largest violation of the ball, compiled once.
 
-    ``judge(logits_fn, eps, key, batch)``: neither another eps nor another model of the same kind
-    compiles again.
+    Neither another eps nor another model of the same kind compiles again.
     """
 
-    @jax.jit
-    def judge(logits_fn, eps, key, batch):
-        x, y = batch["image"], batch["label"]
+    def judge(fixed: tuple, numbers: tuple, rows: tuple) -> tuple[jax.Array, jax.Array]:
+        (logits_fn, key), (eps,), (x, y, index) = fixed, numbers, rows
         threat = ThreatModel(norm, eps)
-        example_keys = keys.per_example(key, batch["index"])
+        example_keys = keys.per_example(key, index)
         robust, worst = jnp.full(y.shape, True), jnp.zeros(y.shape)
-        with jax.default_matmul_precision("highest"):
-            for attack in _attacks(settings, threat):
-                x_adv = attack(logits_fn, example_keys, x, y)
-                robust &= correct(logits_fn(x_adv), y)
-                if isinstance(norm, FourierLInf):
-                    left = violation(x_adv, x, threat)
-                    worst = jnp.maximum(worst, jnp.maximum(left.ball, left.band))
+        for attack in _attacks(settings, threat):
+            x_adv = attack(logits_fn, example_keys, x, y)
+            robust &= correct(logits_fn(x_adv), y)
+            if isinstance(norm, FourierLInf):
+                left = violation(x_adv, x, threat)
+                worst = jnp.maximum(worst, jnp.maximum(left.ball, left.band))
         return robust, worst
 
-    return judge
+    one = parallel.device_mesh(jax.devices()[:1])
+    return BatchedFunction(judge, batch_size=settings.batch_size, mesh=one)
 
 
-def _curve(settings: Settings, judge, logits_fn, test, grid) -> dict[str, Any]:
+def _curve(settings: Settings, judge: BatchedFunction, logits_fn, test, grid) -> dict[str, Any]:
     accuracies, violations = [], []
-    key = jax.random.key(settings.seed)
+    fixed = judge.place((logits_fn, jax.random.key(settings.seed)))
+    examples = (data.as_float(test.image), test.label, np.arange(len(test), dtype=np.int32))
     for eps in grid:
-        robust, worst = [], []
-        for batch in data.eval_batches(test, settings.batch_size):
-            mask = batch.pop("mask")
-            got = judge(logits_fn, jnp.float32(eps), key, batch)
-            robust.append(np.asarray(got[0])[mask])
-            worst.append(np.asarray(got[1])[mask])
-        accuracies.append(float(np.concatenate(robust).mean()))
-        violations.append(float(np.concatenate(worst).max()))
+        robust, worst = judge(fixed, (np.float32(eps),), examples)
+        accuracies.append(float(robust.mean()))
+        violations.append(float(worst.max()))
     table = dict(zip(grid, accuracies, strict=True))
     criterion = near_clean(accuracies[0], settings.drop)  # the grid starts at 0
     return {
@@ -397,11 +392,10 @@ def dry_run(settings: Settings) -> None:
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, model_state = jax.eval_shape(model.init, key, image)
         logits_fn = models.eval_logits(model.apply, params, model_state)
-        batch = {"image": image, "label": integers, "index": integers}
         eps = jax.ShapeDtypeStruct((), jnp.float32)
         for ball in settings.balls:
             judge = _judge(settings, norm_of(settings, ball))
-            jax.eval_shape(judge, logits_fn, eps, key, batch)
+            jax.eval_shape(judge.fn, (logits_fn, key), (eps,), (image, integers, integers))
         gradient = jax.grad(lambda x, logits_fn: logits_fn(x).sum())
         evaluations = len(settings.balls) * len(settings.methods) * settings.steps
         per_example = training.count_flops(gradient, image, logits_fn) / settings.batch_size

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from experiments import choices, command_line
+from experiments import adversarial_training, choices, command_line
 from experiments.command_line import setting
 from experiments.training_settings import Settings as TrainingSettings
 from robustjax import attacks, checks, losses
@@ -48,23 +48,13 @@ SCALES = (1.0, 1e4, 2.0**13)
 
 # How models are trained on the spot.
 RECIPES: Mapping[str, TrainingSettings] = {
-    "digits": TrainingSettings(
+    "digits": dataclasses.replace(
+        adversarial_training.PRESETS["small"],
         dataset="digits",
-        validation_size=None,
-        augmentation="none",
-        model="small_cnn",
-        normalization="none",
-        precision="float32",
+        objective=("madry",),
         eps=0.15,
-        attack_steps=7,
         attack_step_size=0.04,
         eps_warmup=5,
-        optimizer="adam",
-        learning_rate=2e-3,
-        weight_decay=0.0,
-        schedule="cosine",
-        milestones=(),
-        epochs=30,
         batch_size=64,
         test_steps=10,
         test_restarts=1,

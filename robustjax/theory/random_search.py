@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from robustjax import checks
+from robustjax.norms import L2
 
 
 class SearchConstants(NamedTuple):
@@ -108,8 +109,7 @@ def sample_sphere(
     key: Key[Array, ""], shape: tuple[int, ...], gamma: float | Array
 ) -> Float[Array, "..."]:
     """A step uniform on the Euclidean sphere of radius ``gamma``."""
-    v = jax.random.normal(key, shape)
-    return gamma * v / jnp.linalg.norm(v.ravel())
+    return L2().sample_sphere(key, jax.ShapeDtypeStruct(shape, jnp.float32), gamma)
 
 
 def sphere_constants(dimension: int) -> SearchConstants:
@@ -192,7 +192,7 @@ def correlation_bounds(
     """
     _check_side(v.shape, side)
     share = side**2 / (v.shape[0] * v.shape[1])
-    norm = jnp.linalg.norm(v.ravel())
+    norm = L2().value(v)
     return math.sqrt(2) * eps * share * norm, 2 * eps * math.sqrt(share) * norm
 
 
