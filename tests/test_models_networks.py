@@ -90,6 +90,7 @@ def test_small_models_have_the_sizes_of_their_formulas():
 
 SMALL_RESNET = partial(models.ResNet, stage_sizes=(1, 1), width=4, num_classes=5)
 SMALL_PREACT = partial(models.PreActResNet, stage_sizes=(1, 1), width=4, num_classes=5)
+SMALL_VGG = partial(models.VGG, ((1,), (2, 2)), (2,), num_classes=5, width=4)
 NETWORKS = {
     "resnet": SMALL_RESNET(),
     "bottleneck": SMALL_RESNET(block="bottleneck"),
@@ -98,6 +99,7 @@ NETWORKS = {
     "preact-final": SMALL_PREACT(final_norm=True, shortcut="preactivated"),
     "preact-none": SMALL_PREACT(norm="none"),
     "wide": models.WideResNet(10, 1, num_classes=5),
+    "vgg": SMALL_VGG(),
     "cnn": models.SmallCNN(5, (4, 6), 7),
     "mlp": models.MLP((6,), 5),
     "linear": models.Linear(5),
@@ -114,7 +116,7 @@ def network(request):
 
 def test_modes_of_batch_norm_and_independence_of_the_batch(network):
     name, model_fn, params, state = network
-    normalised = name in ("resnet", "bottleneck", "preact", "preact-final", "wide")
+    normalised = name in ("resnet", "bottleneck", "preact", "preact-final", "wide", "vgg")
     logits, new_state = model_fn(params, state, X, True, KEY)
     assert logits.shape == (4, 5) and logits.dtype == jnp.float32
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
@@ -152,7 +154,7 @@ def test_gradients_for_input_and_parameters_are_finite_and_not_zero(network):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("module", [SMALL_RESNET, SMALL_PREACT, models.SmallCNN])
+@pytest.mark.parametrize("module", [SMALL_RESNET, SMALL_PREACT, SMALL_VGG, models.SmallCNN])
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_outside(module):
     options = {"num_classes": 5}
     full, half = (models.from_linen(module(dtype=d, **options)) for d in (None, jnp.bfloat16))

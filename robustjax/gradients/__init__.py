@@ -1,8 +1,44 @@
 """Gradient oracles: how the gradient is computed, ``(init, oracle)`` with ``oracle(loss_fn)``.
 
 - ``plain``: ``plain`` (the gradient of the mean loss), ``Oracle``
+- ``engm``: ``engm``, ``f_engm``, ``a_engm``, ``n_engm`` (examples weighted by the norms of their
+  gradients), ``reweighted`` (by any rule)
+- ``sharpness``: ``awp`` (adversarial weight perturbation around any of the others)
+- ``per_example``: ``ghost_norms``, ``vmap_norms``, ``vjp_norms``, ``input_gradient_norms``: norms
+  of per-example gradients; ``gradient_probe`` measures them on a set
+- ``ghost``: ``layer_norms``, what ``ghost_norms`` rests on
 """
 
+from robustjax.gradients.engm import AENGMState, a_engm, engm, f_engm, n_engm, reweighted
+from robustjax.gradients.ghost import layer_norms
+from robustjax.gradients.per_example import (
+    GradientProbe,
+    NormRule,
+    ghost_norms,
+    gradient_probe,
+    input_gradient_norms,
+    vjp_norms,
+    vmap_norms,
+)
 from robustjax.gradients.plain import Oracle, plain
+from robustjax.gradients.sharpness import awp
 
-__all__ = ["Oracle", "plain"]
+__all__ = [
+    "AENGMState",
+    "GradientProbe",
+    "NormRule",
+    "Oracle",
+    "a_engm",
+    "awp",
+    "engm",
+    "f_engm",
+    "ghost_norms",
+    "gradient_probe",
+    "input_gradient_norms",
+    "layer_norms",
+    "n_engm",
+    "plain",
+    "reweighted",
+    "vjp_norms",
+    "vmap_norms",
+]

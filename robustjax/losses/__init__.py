@@ -3,14 +3,19 @@
 An attack maximises these, training minimises their mean. Labels out of range raise ``ValueError``
 where their values are known; under ``jit`` they are not.
 
-- ``classification``: ``cross_entropy``, ``kl_divergence``
+- ``classification``: ``cross_entropy``, ``kl_divergence``, ``boosted_cross_entropy``
 - ``margins``: ``margin``, ``cw``, ``cw_targeted``, ``dlr``, ``dlr_targeted``
 """
 
-from robustjax.losses.classification import cross_entropy, kl_divergence
+from robustjax.losses.classification import (
+    boosted_cross_entropy,
+    cross_entropy,
+    kl_divergence,
+)
 from robustjax.losses.margins import cw, cw_targeted, dlr, dlr_targeted, margin
 
 __all__ = [
+    "boosted_cross_entropy",
     "cross_entropy",
     "cw",
     "cw_targeted",

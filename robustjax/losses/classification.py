@@ -44,3 +44,29 @@ def kl_divergence(
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     log_p = jax.nn.log_softmax(reference.astype(jnp.float32))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def boosted_cross_entropy(
+    logits: Float[Array, "n k"], y: Int[Array, " n"], *, guard: float = 1e-4
+) -> Float[Array, " n"]:
+    """``-log p_y - log(1 + guard - max_{k != y} p_k)``: a cross-entropy with a margin term.
+
+    Args:
+      logits: scores ``(n, K)``; ``K >= 2``.
+      y: labels ``(n,)`` in ``0 .. K-1``.
+      guard: keeps the second logarithm finite where another class takes all; ``>= 0``. The authors'
+        code has 1e-4, the formula 0.
+
+    Raises:
+      ValueError: shapes, dtypes or labels do not fit, or ``guard`` is negative.
+
+    Source: Wang et al. (2020), "Improving adversarial robustness requires revisiting misclassified
+    examples", equation (8).
+    """
+    checks.logits_and_labels(logits, y)
+    checks.number("guard", guard, at_least=0)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    is_label = jnp.arange(logits.shape[1]) == y[:, None]
+    log_other = jnp.max(jnp.where(is_label, -jnp.inf, log_p), axis=1)
+    log_label = jnp.sum(jnp.where(is_label, log_p, 0), axis=1)
+    return -log_label - jnp.log(guard - jnp.expm1(log_other))

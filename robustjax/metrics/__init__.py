@@ -6,11 +6,23 @@
 - ``margins``: ``linear_margin``, ``binary_margin``, ``multiclass_margin``: first-order estimates of
   that distance; ``max_eps``, ``bisect_max_eps`` with ``no_error``, ``near_clean``: the largest
   radius that a model withstands
+- ``gradients``: ``gradient_moments``, ``correlation``, ``weight_error`` of per-example gradients;
+  ``robust_overfitting``
+- ``landscape``: ``loss_plane`` around an example, and its ``curvature``
+- ``statistics``: ``bootstrap_mean`` over seeds
 - ``queries``: ``query_statistics``, ``common_query_statistics``, ``success_curve``: of black-box
   attacks
 """
 
 from robustjax.metrics.accuracy import correct, cumulative_accuracy, instantaneous_accuracy
+from robustjax.metrics.gradients import (
+    GradientMoments,
+    correlation,
+    gradient_moments,
+    robust_overfitting,
+    weight_error,
+)
+from robustjax.metrics.landscape import LossPlane, curvature, loss_plane
 from robustjax.metrics.margins import (
     binary_margin,
     bisect_max_eps,
@@ -32,17 +44,26 @@ from robustjax.metrics.queries import (
     query_statistics,
     success_curve,
 )
+from robustjax.metrics.statistics import ConfidenceInterval, bootstrap_mean
 
 __all__ = [
+    "ConfidenceInterval",
+    "GradientMoments",
+    "LossPlane",
     "MinimumNormReport",
     "QueryStatistics",
     "binary_margin",
     "bisect_max_eps",
+    "bootstrap_mean",
     "common_query_statistics",
     "correct",
+    "correlation",
     "cumulative_accuracy",
+    "curvature",
+    "gradient_moments",
     "instantaneous_accuracy",
     "linear_margin",
+    "loss_plane",
     "max_eps",
     "minimum_norm_report",
     "multiclass_margin",
@@ -51,5 +72,7 @@ __all__ = [
     "query_statistics",
     "relative_perturbation",
     "robust_accuracy_curve",
+    "robust_overfitting",
     "success_curve",
+    "weight_error",
 ]

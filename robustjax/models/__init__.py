@@ -6,6 +6,7 @@
 - ``resnet``: ``ResNet`` and ``ResNet10``, ``18``, ``34``, ``50``; ``PreActResNet`` and
   ``PreActResNet18``
 - ``wide_resnet``: ``WideResNet``
+- ``vgg``: ``VGG`` and ``VGG8``
 - ``layers``: ``Normalize``, ``Conv``, ``feature_norm``, ``classify``; ``he_fan_out``,
   ``he_fan_in``, ``torch_default``
 - ``convolution``: ``canonical_conv``, whose derivatives are fast inside loops on CPU
@@ -40,10 +41,13 @@ from robustjax.models.resnet import (
     ResNet50,
 )
 from robustjax.models.small import MLP, Linear, SmallCNN
+from robustjax.models.vgg import VGG, VGG8
 from robustjax.models.wide_resnet import WideResNet
 
 __all__ = [
     "MLP",
+    "VGG",
+    "VGG8",
     "Conv",
     "Linear",
     "LogitsFn",

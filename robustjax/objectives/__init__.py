@@ -4,20 +4,26 @@
 batch is ``{"image": (n, ...), "label": (n,), "index": (n,)}`` and metrics are per example.
 
 - ``standard``: ``standard``
-- ``adversarial``: ``madry``, ``trades``, ``trades_attack``
+- ``adversarial``: ``madry``, ``trades``, ``trades_attack``, ``mart``
+- ``stages``: ``Stages``, ``stages``, ``outer_only``: inner maximisation and outer loss apart
 - ``scheduled``: ``scheduled`` (settings that change with the step)
 """
 
-from robustjax.objectives.adversarial import madry, trades, trades_attack
+from robustjax.objectives.adversarial import madry, mart, trades, trades_attack
 from robustjax.objectives.scheduled import scheduled
-from robustjax.objectives.standard import LossFn, ModelFn, Objective, standard
+from robustjax.objectives.stages import LossFn, Stages, outer_only, stages
+from robustjax.objectives.standard import ModelFn, Objective, standard
 
 __all__ = [
     "LossFn",
     "ModelFn",
     "Objective",
+    "Stages",
     "madry",
+    "mart",
+    "outer_only",
     "scheduled",
+    "stages",
     "standard",
     "trades",
     "trades_attack",

@@ -13,25 +13,37 @@ from jaxtyping import Array
 
 from robustjax import checks, keys
 from robustjax.attacks import Attack, gaussian_start, pgd
-from robustjax.losses import cross_entropy, kl_divergence
+from robustjax.losses import boosted_cross_entropy, cross_entropy, kl_divergence
 from robustjax.metrics.accuracy import correct
-from robustjax.objectives.standard import LossFn, ModelFn, Objective, model_key
+from robustjax.objectives.stages import LossFn, Stages
+from robustjax.objectives.standard import ModelFn, Objective, logits_of
 from robustjax.threat import ThreatModel
 
 
-def _attack_batch(attack, model_fn, params, model_state, key, batch, y, attack_mode):
-    """``attack`` at the batch's inputs with ``y``, each example under the key of its index."""
-    # Tangents must not enter the attack: constants before it, not only a stop after it.
-    params, model_state, y = jax.lax.stop_gradient((params, model_state, y))
+def _inner(
+    attack: Attack, model_fn: ModelFn, attack_mode: str, target: Callable | None = None
+) -> Callable:
+    """The inner stage: ``attack`` at the batch's inputs, each example under the key of its index.
 
-    def logits_fn(x):
+    What is attacked is the loss at the labels, or at ``target(clean logits)``.
+    """
+
+    def inner(params, model_state, key, batch):
+        # Tangents must not enter the attack: constants before it, not only a stop after it.
+        params, model_state, batch = jax.lax.stop_gradient((params, model_state, batch))
         train = attack_mode == "train"
-        return model_fn(params, model_state, x, train, model_key(key, batch) if train else None)[0]
 
-    example_keys = keys.per_example(jax.random.fold_in(key, 0), batch["index"])
-    x_adv = attack(logits_fn, example_keys, batch["image"], y)
-    checks.same_shape("x_adv, the result of attack,", x_adv, "image", batch["image"])
-    return jax.lax.stop_gradient(x_adv)
+        def logits_fn(x):
+            return logits_of(model_fn, params, model_state, key, batch, x, train)[0]
+
+        x = batch["image"]
+        y = batch["label"] if target is None else target(logits_fn(x))
+        example_keys = keys.per_example(jax.random.fold_in(key, 0), batch["index"])
+        x_adv = attack(logits_fn, example_keys, x, y)
+        checks.same_shape("x_adv, the result of attack,", x_adv, "image", x)
+        return {**batch, "adversarial": jax.lax.stop_gradient(x_adv)}
+
+    return inner
 
 
 def madry(
@@ -61,15 +73,15 @@ def madry(
     checks.choice("attack_mode", attack_mode, ("eval", "train"))
 
     def objective(model_fn: ModelFn) -> LossFn:
-        def loss_fn(params, model_state, key, batch):
-            y = batch["label"]
-            x_adv = _attack_batch(attack, model_fn, params, model_state, key, batch, y, attack_mode)
-            logits, model_state = model_fn(params, model_state, x_adv, True, model_key(key, batch))
-            losses = loss(logits, y)
-            robust = correct(logits, y).astype(jnp.float32)
+        def outer(params, model_state, key, batch, train=True):
+            logits, model_state = logits_of(
+                model_fn, params, model_state, key, batch, batch["adversarial"], train
+            )
+            losses = loss(logits, batch["label"])
+            robust = correct(logits, batch["label"]).astype(jnp.float32)
             return losses, (model_state, {"loss": losses, "robust_accuracy": robust})
 
-        return loss_fn
+        return Stages(_inner(attack, model_fn, attack_mode), outer)
 
     return objective
 
@@ -118,34 +130,82 @@ def trades(
     checks.choice("attack_mode", attack_mode, ("eval", "train"))
 
     def objective(model_fn: ModelFn) -> LossFn:
-        def loss_fn(params, model_state, key, batch):
-            x, y = batch["image"], batch["label"]
-            attacked, _ = model_fn(
-                *jax.lax.stop_gradient((params, model_state)),
-                x,
-                attack_mode == "train",
-                model_key(key, batch) if attack_mode == "train" else None,
-            )
-            x_adv = _attack_batch(
-                attack, model_fn, params, model_state, key, batch, attacked, attack_mode
-            )
-            clean, model_state = model_fn(params, model_state, x, True, model_key(key, batch))
-            adversarial, model_state = model_fn(
-                params, model_state, x_adv, True, model_key(key, batch)
+        def outer(params, model_state, key, batch, train=True):
+            clean, adversarial, model_state = _both_logits(
+                model_fn, params, model_state, key, batch, train
             )
             if kl_direction == "clean_to_adversarial":
                 divergence = kl_divergence(adversarial, clean)
             else:
                 divergence = kl_divergence(clean, adversarial)
-            losses = cross_entropy(clean, y) + beta * divergence
-            metrics = {
-                "loss": losses,
-                "accuracy": correct(clean, y).astype(jnp.float32),
-                "robust_accuracy": correct(adversarial, y).astype(jnp.float32),
-                "divergence": divergence,
-            }
-            return losses, (model_state, metrics)
+            losses = cross_entropy(clean, batch["label"]) + beta * divergence
+            metrics = _metrics(losses, clean, adversarial, batch["label"])
+            return losses, (model_state, {**metrics, "divergence": divergence})
 
-        return loss_fn
+        return Stages(_inner(attack, model_fn, attack_mode, target=lambda logits: logits), outer)
 
     return objective
+
+
+def mart(
+    attack: Attack,
+    *,
+    beta: float = 6.0,
+    guard: float = 1e-4,
+    attack_mode: str = "eval",
+) -> Objective:
+    """MART: misclassified examples count more in the divergence from clean to adversarial.
+
+    ``BCE(f(x_adv), y) + beta * KL(f(x) || f(x_adv)) * (1 - p_y(x))`` with the boosted cross-entropy
+    ``BCE = -log p'_y - log(1 + guard - max_{k != y} p'_k)``. Derivatives flow through the factor
+    ``1 - p_y(x)`` too.
+
+    Args:
+      attack: an attack on the labels, such as PGD on the cross-entropy.
+      beta: weight of the divergence, lambda of the paper; ``>= 0``.
+      guard: see ``losses.boosted_cross_entropy``; the authors' code has 1e-4.
+      attack_mode: as for ``madry``.
+
+    Returns:
+      An objective that reports what ``trades`` reports.
+
+    Source: Wang et al. (2020), "Improving adversarial robustness requires revisiting misclassified
+    examples", equation (11); clean before adversarial inputs in training mode, as for ``trades``.
+    """
+    checks.function("attack", attack)
+    checks.number("beta", beta, at_least=0)
+    checks.number("guard", guard, at_least=0)
+    checks.choice("attack_mode", attack_mode, ("eval", "train"))
+
+    def objective(model_fn: ModelFn) -> LossFn:
+        def outer(params, model_state, key, batch, train=True):
+            y = batch["label"]
+            clean, adversarial, model_state = _both_logits(
+                model_fn, params, model_state, key, batch, train
+            )
+            divergence = kl_divergence(adversarial, clean)
+            doubt = -jnp.expm1(-cross_entropy(clean, y))  # 1 - p_y(x)
+            losses = boosted_cross_entropy(adversarial, y, guard=guard) + beta * divergence * doubt
+            metrics = _metrics(losses, clean, adversarial, y)
+            return losses, (model_state, {**metrics, "divergence": divergence})
+
+        return Stages(_inner(attack, model_fn, attack_mode), outer)
+
+    return objective
+
+
+def _both_logits(model_fn, params, model_state, key, batch, train):
+    """Logits at clean and adversarial inputs, one after the other; both update the statistics."""
+    clean, model_state = logits_of(model_fn, params, model_state, key, batch, batch["image"], train)
+    adversarial, model_state = logits_of(
+        model_fn, params, model_state, key, batch, batch["adversarial"], train
+    )
+    return clean, adversarial, model_state
+
+
+def _metrics(losses, clean, adversarial, y) -> dict[str, Array]:
+    return {
+        "loss": losses,
+        "accuracy": correct(clean, y).astype(jnp.float32),
+        "robust_accuracy": correct(adversarial, y).astype(jnp.float32),
+    }

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from jaxtyping import Array
 
 from robustjax import checks
-from robustjax.objectives.standard import LossFn, ModelFn, Objective
+from robustjax.objectives.stages import LossFn, Stages, stages
+from robustjax.objectives.standard import ModelFn, Objective
 
 
 def scheduled(
@@ -28,11 +29,16 @@ def scheduled(
     checks.function("schedule", schedule)
 
     def objective(model_fn: ModelFn) -> LossFn:
-        def loss_fn(params, model_state, key, batch):
+        def now(batch) -> Stages:
             checks.fields("batch", batch, ("step",))
-            now = objective_at(schedule(batch["step"]))
-            return now(model_fn)(params, model_state, key, batch)
+            return stages(objective_at(schedule(batch["step"]))(model_fn))
 
-        return loss_fn
+        def inner(params, model_state, key, batch):
+            return now(batch).inner(params, model_state, key, batch)
+
+        def outer(params, model_state, key, batch, train=True):
+            return now(batch).outer(params, model_state, key, batch, train)
+
+        return Stages(inner, outer)
 
     return objective

@@ -1,7 +1,6 @@
 """Standard training: the loss at the clean input; and the types that all objectives share."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,27 @@ from robustjax import checks
 from robustjax.losses import cross_entropy
 from robustjax.metrics.accuracy import correct
 from robustjax.models.adapters import ModelFn
+from robustjax.objectives.stages import LossFn
 
-# loss_fn(params, model_state, key, batch) -> (losses (n,), (model_state, metrics))
-LossFn = Callable[..., tuple[Array, tuple[Any, dict[str, Array]]]]
 Objective = Callable[[ModelFn], LossFn]
 
 
 def model_key(key: Array, batch: dict[str, Array]) -> Array:
     """The key of the model's own randomness (dropout): another one for every shard of a batch."""
     return jax.random.fold_in(jax.random.fold_in(key, 1), batch["index"][0])
+
+
+def logits_of(
+    model_fn: ModelFn,
+    params,
+    model_state,
+    key: Array,
+    batch: dict[str, Array],
+    x: Array,
+    train: bool,
+):
+    """Logits at ``x`` and the new state of the model; its own randomness is that of training."""
+    return model_fn(params, model_state, x, train, model_key(key, batch) if train else None)
 
 
 def standard(loss: Callable[[Array, Array], Array] = cross_entropy) -> Objective:
@@ -35,9 +46,9 @@ def standard(loss: Callable[[Array, Array], Array] = cross_entropy) -> Objective
     checks.function("loss", loss)
 
     def objective(model_fn: ModelFn) -> LossFn:
-        def loss_fn(params, model_state, key, batch):
-            logits, model_state = model_fn(
-                params, model_state, batch["image"], True, model_key(key, batch)
+        def loss_fn(params, model_state, key, batch, train=True):
+            logits, model_state = logits_of(
+                model_fn, params, model_state, key, batch, batch["image"], train
             )
             losses = loss(logits, batch["label"])
             accuracy = correct(logits, batch["label"]).astype(jnp.float32)

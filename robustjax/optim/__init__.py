@@ -1,8 +1,40 @@
 """Optax transforms: what is done with a gradient once it is there.
 
 * ``steepest``: steepest descent in a norm (gradient descent, signGD, coordinate descent).
+* ``normalized``: momentum SGD, and with the gradient of the batch clipped or normalised.
+* ``per_example``: momentum SGD with the gradient of each example clipped or normalised (ENGM).
+* ``adaptive``: Adam, RMSProp and signGD as one family.
 """
 
-from robustjax.optim.steepest import sign_gd, steepest_descent
+from robustjax.optim.adaptive import scale_by_adaptive_family
+from robustjax.optim.normalized import mean_over_devices, mgnc, msgd, sngm
+from robustjax.optim.per_example import (
+    clip_per_example,
+    engm,
+    engm_weights,
+    f_engm,
+    f_engm_weights,
+    mean_over_examples,
+    normalize_per_example,
+    scale_alpha,
+)
+from robustjax.optim.steepest import scale_by_steepest, sign_gd, steepest_descent
 
-__all__ = ["sign_gd", "steepest_descent"]
+__all__ = [
+    "clip_per_example",
+    "engm",
+    "engm_weights",
+    "f_engm",
+    "f_engm_weights",
+    "mean_over_devices",
+    "mean_over_examples",
+    "mgnc",
+    "msgd",
+    "normalize_per_example",
+    "scale_alpha",
+    "scale_by_adaptive_family",
+    "scale_by_steepest",
+    "sign_gd",
+    "sngm",
+    "steepest_descent",
+]

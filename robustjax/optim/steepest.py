@@ -22,6 +22,37 @@ from robustjax import checks, norms
 from robustjax.norms import LInf, Norm
 
 
+def scale_by_steepest(
+    norm: Norm, *, scale_by_dual_norm: bool = False
+) -> optax.GradientTransformation:
+    """Replaces updates g by ``norm.steepest(g)``, the direction of steepest ascent in the norm.
+
+    The link of ``steepest_descent`` that needs no learning rate. The tree is one vector: its norm,
+    and the one coordinate that l_1 picks, are global. A zero gradient gives a zero direction.
+
+    Args:
+      norm: the norm in which the ascent is steepest; the direction has length 1 in it.
+      scale_by_dual_norm: multiply by the dual norm ``||g||_*``; with ``L2()`` this gives g back.
+
+    Returns:
+      A gradient transformation without state.
+
+    Raises:
+      ValueError: ``norm`` is no norm.
+    """
+    norms.check(norm)
+
+    def direction(g, params):
+        del params
+        d = norm.steepest(g)
+        if scale_by_dual_norm:
+            length = norm.dual.value(g)
+            d = jax.tree.map(lambda leaf: leaf * length.astype(leaf.dtype), d)
+        return d
+
+    return optax.stateless(direction)
+
+
 def steepest_descent(
     norm: Norm,
     learning_rate: ArrayLike | optax.Schedule,
@@ -49,21 +80,12 @@ def steepest_descent(
     Source: Boyd and Vandenberghe, "Convex optimization" (2004), section 9.4; the unscaled form is
     their normalised steepest descent.
     """
-    norms.check(norm)
+    link = scale_by_steepest(norm, scale_by_dual_norm=scale_by_dual_norm)
     if not callable(learning_rate):
         checks.number("learning_rate", learning_rate, at_least=0)
         # A schedule is cast to the dtype of each leaf; a traced number would promote bfloat16.
         learning_rate = optax.constant_schedule(learning_rate)
-
-    def direction(g, params):
-        del params
-        d = norm.steepest(g)
-        if scale_by_dual_norm:
-            length = norm.dual.value(g)
-            d = jax.tree.map(lambda leaf: leaf * length.astype(leaf.dtype), d)
-        return d
-
-    return optax.chain(optax.stateless(direction), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(link, optax.scale_by_learning_rate(learning_rate))
 
 
 def sign_gd(learning_rate: ArrayLike | optax.Schedule) -> optax.GradientTransformation:

@@ -80,7 +80,7 @@ def train_step(
         metrics = jax.tree.map(lambda m: jnp.mean(m, dtype=jnp.float32), metrics)
         if axis_name is not None:
             # One call, so one all-reduce: replicas stay equal, statistics included.
-            grads, model_state, oracle_state, metrics = jax.lax.pmean(
+            grads, model_state, oracle_state, metrics = _mean_over_devices(
                 (grads, model_state, oracle_state, metrics), axis_name
             )
         updates, opt_state = optimizer.update(
@@ -97,6 +97,16 @@ def train_step(
         return new_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
     return step
+
+
+def _mean_over_devices(tree: Any, axis_name: str) -> Any:
+    """The means of floating-point leaves; counts and keys are the same on all devices already."""
+    leaves, structure = jax.tree.flatten(tree)
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    means = jax.lax.pmean([leaves[i] for i in floating], axis_name)
+    for i, mean in zip(floating, means, strict=True):
+        leaves[i] = mean
+    return jax.tree.unflatten(structure, leaves)
 
 
 def several_steps(step: Step) -> Step:
