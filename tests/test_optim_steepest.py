@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from robustjax.norms import L1, L2, LInf, Lp
-from robustjax.optim import sign_gd, steepest_descent
+from robustjax.optim import scale_by_steepest, sign_gd, steepest_descent
 
 NORMS = [LInf(), L2(), L1(), Lp(1.5), Lp(3)]
 ORDERS = {"linf": np.inf, "l2": 2, "l1": 1, "l1.5": 1.5, "l3": 3}
@@ -57,6 +57,28 @@ def test_scaled_update_minimises_the_quadratic_model(norm):
     assert np.all(others @ g + sizes**2 / 2 >= -(dual**2) / 2 - 1e-5)
 
 
+@every_norm
+def test_the_link_is_the_direction_of_the_norm(norm):
+    link = scale_by_steepest(norm)
+    assert link.init(PARAMS) == optax.EmptyState()
+    np.testing.assert_allclose(flat(update(link)), flat(norm.steepest(GRADS)), rtol=1e-6)
+    assert norm.value(update(link)) == pytest.approx(1, rel=1e-5)
+    for scale in (False, True):
+        chain = optax.chain(scale_by_steepest(norm, scale_by_dual_norm=scale), optax.scale(-0.1))
+        whole = steepest_descent(norm, 0.1, scale_by_dual_norm=scale)
+        np.testing.assert_allclose(flat(update(chain)), flat(update(whole)), rtol=1e-6)
+    found = flat(GRADS) @ flat(update(scale_by_steepest(norm, scale_by_dual_norm=True)))
+    assert found == pytest.approx(float(norm.dual.value(GRADS)) ** 2, rel=1e-5)
+
+
+def test_sign_gd_moves_every_coordinate_by_the_learning_rate_or_not_at_all():
+    step = flat(update(sign_gd(0.1)))
+    np.testing.assert_allclose(
+        step[flat(GRADS) != 0], -0.1 * np.sign(flat(GRADS))[flat(GRADS) != 0]
+    )
+    assert not np.any(step[flat(GRADS) == 0]) and np.any(flat(GRADS) == 0)
+
+
 def test_l2_with_the_dual_norm_is_gradient_descent():
     ours = steepest_descent(L2(), 0.3, scale_by_dual_norm=True)
     np.testing.assert_allclose(flat(update(ours)), flat(update(optax.sgd(0.3))), rtol=1e-6)
@@ -67,6 +89,13 @@ def test_all_norms_are_one_in_one_dimension():
     for norm in NORMS:
         step = update(steepest_descent(norm, 0.1, scale_by_dual_norm=True), g, g)
         np.testing.assert_allclose(step, 0.3, rtol=1e-5)
+
+
+def test_l_p_runs_from_gradient_descent_to_sign_gd():
+    nearly = flat(update(steepest_descent(Lp(1e5), 0.1)))
+    np.testing.assert_allclose(nearly, flat(update(sign_gd(0.1))), atol=1e-5)
+    middle = flat(update(steepest_descent(Lp(2), 0.1, scale_by_dual_norm=True)))
+    np.testing.assert_allclose(middle, flat(update(optax.sgd(0.1))), rtol=1e-5)
 
 
 def test_sign_gd_is_optax_sign_sgd():
@@ -165,6 +194,7 @@ def test_descends_a_quadratic(norm):
     "call, message",
     [
         (lambda: steepest_descent("linf", 0.1), "norm must be a norm such as"),
+        (lambda: scale_by_steepest(L2), "norm must be a norm such as"),
         (lambda: steepest_descent(L2(), -0.1), "learning_rate must be >= 0, got -0.1"),
         (lambda: sign_gd(float("nan")), "learning_rate must be a number"),
         (lambda: sign_gd("0.1"), "learning_rate must be a number, got '0.1'"),

@@ -18,7 +18,7 @@ norm, so that the result is that of one device with the whole batch.
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from robustjax import checks
 from robustjax.norms import L2
 from robustjax.optim.steepest import scale_by_steepest
 
-Rate = ArrayLike | Callable[[Any], Any]
+Rate = ArrayLike | optax.Schedule
 
 
 def msgd(
@@ -81,8 +81,8 @@ def mgnc(
     """Momentum SGD on the mean gradient, clipped in its norm ("MSGD with gradient-norm clipping").
 
     The gradient goes into ``msgd`` as ``g min(max_norm / ||g||_2, 1)``, with its direction kept
-    and a norm of at most ``max_norm``; the clip comes before weight decay. As ``max_norm`` grows
-    it becomes ``msgd``, bit for bit; on a batch of one example it is ``engm``. What it computes is
+    and a norm of at most ``max_norm``; the clip comes before weight decay. A norm below it leaves
+    g as it is, bit for bit; on a batch of one example it is ``engm``. What it computes is
     ``optax.clip_by_global_norm`` before ``msgd``; the norm is taken in at least float32 also of
     bfloat16 gradients, and ``max_norm`` may be traced for them too.
 
@@ -97,7 +97,7 @@ def mgnc(
     Raises:
       ValueError: a hyper-parameter is out of its range.
 
-    Source: Dabouei et al. (2022), section 4 and table 2 ("MSGD + GNC", threshold 25); Pascanu et
+    Source: Dabouei et al. (2022), section 3.1 ("MSGD + GNC", threshold 25); Pascanu et
     al., "On the difficulty of training recurrent neural networks" (2013), algorithm 1.
     """
     checks.number("max_norm", max_norm, above=0, at_most=math.inf)
@@ -121,17 +121,16 @@ def sngm(
     """Momentum SGD on the normalised mean gradient (stochastic normalised gradient with momentum).
 
     ``g / ||g||_2``, steepest descent in l_2, goes into ``msgd``. The trajectory does not change
-    when the loss is multiplied by a positive constant (without weight decay after it, exactly so
-    for powers of two), and no step is longer than ``learning_rate / (1 - momentum)``: a learning
-    rate of ``msgd`` does not carry over. A zero gradient adds nothing. On a batch of one example
-    it is ``f_engm`` with ``alpha=1``.
+    when the loss is multiplied by a positive constant, and without weight decay no step is longer
+    than ``learning_rate / (1 - momentum)``: a learning rate of ``msgd`` does not carry over. A zero
+    gradient adds nothing. On a batch of one example it is ``f_engm`` with ``alpha=1``.
 
     Args:
       learning_rate: step size >= 0, a number (it may be traced) or an optax schedule.
       momentum: in ``[0, 1)``.
       weight_decay: >= 0, a number or an optax schedule.
       normalize_after_weight_decay: normalise ``g + weight_decay theta``, as in the paper that
-        introduced the method, in place of g alone.
+        introduced the method, in place of g alone; the scale of the loss then matters.
       axis_name: mapped axis over which gradients are averaged before they are normalised; see
         ``mean_over_devices``.
 

@@ -54,13 +54,13 @@ wrapper                     use
 other optimizers            ``chain(clip_per_example(a), mean_over_examples(), optax.adam(lr))``
 ==========================  =====================================================================
 
-Source: Dabouei et al., "Revisiting outer optimization in adversarial training" (2022), section 3;
+Source: Dabouei et al., "Revisiting outer optimization in adversarial training" (2022), section 2.4;
 Abadi et al., "Deep learning with differential privacy" (2016), algorithm 1. The guards 1e-12 are
 added here.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -109,8 +109,8 @@ def f_engm_weights(norms: Float[Array, " n"], alpha: ArrayLike = 1.0) -> Float[A
     Raises:
       ValueError: ``alpha`` is not a positive finite number.
 
-    Source: Dabouei et al. (2022), section 4 ("F-ENGM"). The text has a constant alpha, the formula
-    1, which is the default.
+    Source: Dabouei et al. (2022), section 3.1 ("F-ENGM"). The text has a constant alpha; the
+    formula has 1, which is the default.
     """
     checks.number("alpha", alpha, above=0)
     return (alpha / (norms.astype(lp.wide(norms.dtype)) + GUARD)).astype(norms.dtype)
@@ -230,7 +230,7 @@ def f_engm(
     Raises:
       ValueError: a hyper-parameter is out of its range; in ``update`` as ``clip_per_example``.
 
-    Source: Dabouei et al. (2022), section 4.
+    Source: Dabouei et al. (2022), section 3.1.
     """
     return optax.chain(
         normalize_per_example(alpha),
@@ -253,7 +253,7 @@ def scale_alpha(alpha: float, params_from: float, params_to: float) -> float:
     Raises:
       ValueError: an argument is not a positive finite number.
 
-    Source: Dabouei et al. (2022), section 3.
+    Source: Dabouei et al. (2022), sections 2.4 and 3.3.
     """
     checks.number("alpha", alpha, above=0)
     checks.number("params_from", params_from, above=0)
@@ -261,7 +261,7 @@ def scale_alpha(alpha: float, params_from: float, params_to: float) -> float:
     return alpha * math.sqrt(params_to / params_from)
 
 
-def _scale_per_example(weights_of: Any) -> optax.GradientTransformation:
+def _scale_per_example(weights_of: Callable) -> optax.GradientTransformation:
     def scale(updates, params):
         _check_examples(updates, params)
         # In at least float32: a norm rounded to bfloat16 would let the bound be passed by 0.4 %.
@@ -277,7 +277,7 @@ def _check_examples(updates: Any, params: Any) -> None:
     """Every leaf has the same number of examples in front of the shape of its parameter."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(updates)]
     sizes = {shape[:1] for shape in shapes}
-    if len(sizes) != 1 or sizes <= {(), (0,)}:
+    if len(sizes) != 1 or () in sizes or (0,) in sizes:
         raise ValueError(
             "updates must be per-example gradients, with one leading axis of n >= 1 examples on "
             f"every leaf, got shapes {checks.shown(shapes)}"
