@@ -20,7 +20,8 @@ from typing import Any
 import jax
 
 from experiments import command_line
-from experiments.training_run import build, dry_run, load_split, run_objective
+from experiments.dry_run import dry_run
+from experiments.training_run import build, load_split, run_objective
 from experiments.training_settings import NOT_OF_THE_RUN, Settings
 from robustjax import checks
 from robustjax.training import report
@@ -68,6 +69,11 @@ def main(settings: Settings) -> None:
     if settings.dry_run:
         dry_run(settings)
         return
+    _print_results(settings, train(settings))
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Trains and evaluates a model for each objective; returns what ``results.json`` holds."""
     for name in ("batch_size", "test_batch_size"):
         checks.divisible(name, getattr(settings, name), "the number of devices", jax.device_count())
     config = dataclasses.asdict(settings)
@@ -85,7 +91,7 @@ def main(settings: Settings) -> None:
         results[objective] = run_objective(settings, objective, splits, own)
     if report.is_writer():
         report.write_json(workdir / "results.json", results)
-    _print_results(settings, results)
+    return results
 
 
 def _is_published_setting(settings: Settings) -> bool:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from robustjax import attacks, checks, losses, models, objectives, optim
+from robustjax import attacks, checks, gradients, losses, models, objectives, optim
 from robustjax.norms import L1, L2, LInf, Norm
 from robustjax.threat import ThreatModel
 
@@ -31,6 +31,8 @@ DATA_FACTS: Mapping[str, DataFacts] = {
     "cifar100": DataFacts((32, 32, 3), 100, 50_000),
     "svhn_cropped": DataFacts((32, 32, 3), 10, 73_257),
     "mnist": DataFacts((28, 28, 1), 10, 60_000),
+    # Not in TFDS: arrays on disk, see README.
+    "npz:tiny_imagenet.npz": DataFacts((64, 64, 3), 200, 100_000),
 }
 
 
@@ -83,6 +85,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "preact_resnet18": _residual(models.PreActResNet18),
     "wrn28": _wide(28),
     "wrn34": _wide(34),
+    "vgg8": _residual(models.VGG8),
 }
 
 ATTACKS = ("fgsm", "fgsm_rs", "pgd", "pgd_corner")
@@ -103,8 +106,14 @@ EVALUATION_ATTACKS: Mapping[str, Callable[[ThreatModel], Any]] = {
     "square": attacks.square,
     "simba": lambda threat: attacks.simba(threat, max_queries=5000),
 }
-OBJECTIVES = ("standard", "madry", "trades")
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "sign_gd")
+OBJECTIVES = ("standard", "madry", "trades", "mart")
+OPTIMIZERS = ("sgd", "mgnc", "sngm", "adam", "adamw", "rmsprop", "sign_gd")
+ORACLES = ("plain", "engm", "f_engm", "a_engm", "n_engm")
+NORM_RULES: Mapping[str, Callable[[], gradients.NormRule]] = {
+    "ghost": gradients.ghost_norms,
+    "vmap": gradients.vmap_norms,
+    "vjp": gradients.vjp_norms,
+}
 SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")
 
 
@@ -131,12 +140,17 @@ def make_objective(
     beta: float,
     attack_mode: str,
 ) -> objectives.Objective:
-    """An objective; TRADES brings its own inner attack, with these steps, for the others' one."""
+    """An objective; TRADES brings its own inner attack, with these steps, for the others' one.
+
+    ``beta`` is the weight of the divergence in TRADES and MART.
+    """
     checks.choice("objective", name, OBJECTIVES)
     if name == "standard":
         return objectives.standard()
     if name == "madry":
         return objectives.madry(attack, attack_mode=attack_mode)
+    if name == "mart":
+        return objectives.mart(attack, beta=beta, attack_mode=attack_mode)
     options = {} if step_size is None else {"step_size": step_size}
     inner = objectives.trades_attack(threat, steps=steps, **options)
     return objectives.trades(inner, beta=beta, attack_mode=attack_mode)
@@ -176,15 +190,51 @@ def make_schedule(
     return optax.constant_schedule(learning_rate)
 
 
+def make_oracle(
+    name: str,
+    *,
+    alpha: float,
+    alpha_naive: float,
+    tau: int,
+    norm_rule: str,
+    awp: float,
+    awp_warmup: int,
+    axis_name: str | None,
+) -> gradients.Oracle:
+    """How the gradient is taken; ``awp > 0`` takes it at adversarially perturbed weights.
+
+    ``alpha`` bounds parameter norms, ``alpha_naive`` the input norms of ``n_engm``; ``awp_warmup``
+    is in steps.
+    """
+    checks.choice("oracle", name, ORACLES)
+    norms = NORM_RULES[norm_rule]()
+    oracle = {
+        "plain": lambda: gradients.plain(),
+        "engm": lambda: gradients.engm(alpha, norms=norms),
+        "f_engm": lambda: gradients.f_engm(alpha, norms=norms),
+        "a_engm": lambda: gradients.a_engm(alpha, tau=tau, norms=norms, axis_name=axis_name),
+        "n_engm": lambda: gradients.n_engm(alpha_naive),
+    }[name]()
+    if awp:
+        oracle = gradients.awp(awp, oracle=oracle, warmup=awp_warmup, axis_name=axis_name)
+    return oracle
+
+
 def make_optimizer(
-    name: str, schedule: optax.Schedule, *, momentum: float, weight_decay: float
+    name: str, schedule: optax.Schedule, *, momentum: float, weight_decay: float, max_norm: float
 ) -> optax.GradientTransformation:
     """An optimizer; weight decay is coupled (added to the gradient) but for ``adamw``."""
     checks.choice("optimizer", name, OPTIMIZERS)
+    outer = {"momentum": momentum, "weight_decay": weight_decay}
+    if name == "sgd":
+        return optim.msgd(schedule, **outer)
+    if name == "mgnc":
+        return optim.mgnc(schedule, max_norm=max_norm, **outer)
+    if name == "sngm":
+        return optim.sngm(schedule, **outer)
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=weight_decay)
     base = {
-        "sgd": lambda: optax.sgd(schedule, momentum=momentum or None),
         "adam": lambda: optax.adam(schedule),
         "rmsprop": lambda: optax.rmsprop(schedule),
         "sign_gd": lambda: optim.sign_gd(schedule),

@@ -54,7 +54,9 @@ def load(
     parts = training_run.build(settings, objective, settings.batch_size, test.num_classes)
     image = jnp.zeros((1, *np.asarray(test[0]["image"]).shape))
     params, model_state = jax.jit(parts.model.init)(jax.random.key(0), image)
-    like = training.create_state(params, model_state, parts.optimizer, jax.random.key(0))
+    like = training.create_state(
+        params, model_state, parts.optimizer, jax.random.key(0), oracle=parts.oracle
+    )
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"{directory} must hold checkpoints/, got a folder without")
     metric = "clean" if objective == "standard" else f"pgd{settings.validation_steps}"

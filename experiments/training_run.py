@@ -14,7 +14,18 @@ import optax
 
 from experiments import choices
 from experiments.training_settings import Settings
-from robustjax import attacks, checks, data, losses, models, objectives, parallel, training
+from robustjax import (
+    attacks,
+    checks,
+    data,
+    gradients,
+    losses,
+    metrics,
+    models,
+    objectives,
+    parallel,
+    training,
+)
 from robustjax.threat import ThreatModel
 from robustjax.training import checkpoint, feed, figures, report
 
@@ -37,6 +48,8 @@ class Parts:
     model: models.Model
     exact_model: models.Model
     optimizer: optax.GradientTransformation
+    oracle: gradients.Oracle
+    objective: objectives.Objective
     step: Any
     threat: ThreatModel
     steps_per_epoch: int
@@ -63,6 +76,17 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
         ),
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        max_norm=settings.max_norm,
+    )
+    oracle = choices.make_oracle(
+        settings.oracle,
+        alpha=settings.alpha,
+        alpha_naive=settings.alpha_naive,
+        tau=settings.tau,
+        norm_rule=settings.norm_rule,
+        awp=settings.awp,
+        awp_warmup=settings.awp_warmup * steps_per_epoch,
+        axis_name=parallel.AXIS,
     )
 
     def objective_at(scale):
@@ -90,14 +114,18 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
     warmup = settings.eps_warmup * steps_per_epoch
     growth = optax.linear_schedule(0.0, 1.0, warmup)
     compute_model = model(choices.PRECISIONS[settings.precision])
+    final = objective_at(1.0)
     step = training.train_step(
         compute_model.apply,
-        objectives.scheduled(objective_at, growth) if warmup else objective_at(1.0),
+        objectives.scheduled(objective_at, growth) if warmup else final,
         optimizer,
+        oracle=oracle,
         augment=data.crop_and_flip(4) if settings.augmentation == "crop_and_flip" else None,
         axis_name=parallel.AXIS,
     )
-    return Parts(compute_model, model(jnp.float32), optimizer, step, threat, steps_per_epoch)
+    return Parts(
+        compute_model, model(jnp.float32), optimizer, oracle, final, step, threat, steps_per_epoch
+    )
 
 
 def test_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.Attack]:
@@ -139,7 +167,9 @@ def run_objective(
     params, model_state = jax.jit(lambda key: parts.model.init(key, jnp.zeros((1, *image_shape))))(
         init_key
     )
-    fresh = training.create_state(params, model_state, parts.optimizer, run_key)
+    fresh = training.create_state(
+        params, model_state, parts.optimizer, run_key, oracle=parts.oracle
+    )
     fresh = parallel.replicate(fresh, mesh)
 
     report.print_lines(
@@ -151,6 +181,7 @@ def run_objective(
     validate = training.make_evaluator(
         parts.exact_model.apply, validation_attacks(settings, parts.threat), mesh
     )
+    measure = _gradient_measure(settings, parts, train, test_key) if settings.probe else None
     total = settings.epochs * parts.steps_per_epoch
     with checkpoint.open_checkpoints(workdir / "checkpoints", best_metric=chosen_by) as manager:
         resumed = settings.resume and manager.latest_step() is not None
@@ -174,6 +205,8 @@ def run_objective(
                 )
                 accuracies = {name: float(v.mean()) for name, v in verdicts.items()}
                 writer.write(int(state.step), "validation", accuracies)
+                if settings.probe:
+                    writer.write(int(state.step), "gradients", measure(state))
                 progress(int(state.step), accuracies, keep=True)
                 checkpoint.save(manager, state, accuracies)
 
@@ -236,6 +269,34 @@ def _advance(settings, parts, train, key, mesh):
     )
 
 
+def _gradient_measure(settings, parts, train, key):
+    """Norms of the gradients of the first training examples, as they are, in evaluation mode."""
+    n = settings.probe
+    checks.integer("probe", n, at_most=len(train))
+    chunk = max(k for k in range(1, min(n, settings.batch_size) + 1) if n % k == 0)
+    shown = [train[i] for i in range(n)]
+    batch = {
+        "image": jnp.asarray(data.as_float(np.stack([example["image"] for example in shown]))),
+        "label": jnp.asarray([int(example["label"]) for example in shown], jnp.int32),
+        "index": jnp.arange(n, dtype=jnp.int32),
+        "step": jnp.zeros((), jnp.int32),
+    }
+    loss_fn = parts.objective(parts.exact_model.apply)
+    probe = jax.jit(gradients.gradient_probe(loss_fn, chunk=chunk))
+
+    def measure(state) -> dict[str, float]:
+        params, model_state = parallel.to_host((state.params, state.model_state))
+        found = probe(params, model_state, key, batch)
+        moments = metrics.gradient_moments(found.parameter_norm, found.mean_gradient)
+        return {
+            "mean_norm": float(moments.mean_norm),
+            "variance": float(moments.variance),
+            "correlation": metrics.correlation(found.parameter_norm, found.input_norm),
+        }
+
+    return measure
+
+
 def _panel(settings, objective, parts, state, test, key, workdir) -> None:
     params, model_state = parallel.to_host((state.params, state.model_state))
     # Spread over the set, which may be sorted by class.
@@ -247,53 +308,3 @@ def _panel(settings, objective, parts, state, test, key, workdir) -> None:
     panel = training.adversarial_panel(logits_fn, attack, key, images, labels)
     title = f"{objective}: PGD-{settings.test_steps}, {settings.norm}, eps = {settings.eps:.4g}"
     figures.image_panel(panel, workdir / "panel.png", title=title)
-
-
-def dry_run(settings: Settings) -> None:
-    """Builds everything abstractly, checks shapes and prints what a run would cost."""
-    if settings.dataset in choices.DATA_FACTS:
-        facts = choices.DATA_FACTS[settings.dataset]
-        held_out = settings.validation_size or 0
-        checks.integer("validation_size", held_out, at_most=facts.train_size - 1)
-        train_size = facts.train_size - held_out
-    else:
-        train = load_split(settings, "train")
-        image_shape = np.asarray(train[0]["image"]).shape
-        facts = choices.DataFacts(image_shape, train.num_classes, len(train))
-        train_size = len(train)
-    rows = []
-    for objective in settings.objective:
-        parts = build(settings, objective, train_size, facts.num_classes)
-        n = settings.batch_size
-        image = jax.ShapeDtypeStruct((n, *facts.image_shape), jnp.float32)
-        integers = jax.ShapeDtypeStruct((n,), jnp.int32)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        params, model_state = jax.eval_shape(parts.model.init, key, image)
-        state = jax.eval_shape(
-            lambda p, s, k, parts=parts: training.create_state(p, s, parts.optimizer, k),
-            params,
-            model_state,
-            key,
-        )
-        batch = {"image": image, "label": integers, "index": integers}
-        # The step names the mesh axis; vmap over one device's share binds it without devices.
-        per_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
-        step = jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS)
-        flops = training.count_flops(step, state, per_device)
-        total = settings.epochs * parts.steps_per_epoch
-        rows.append(
-            [
-                objective,
-                settings.model,
-                f"{training.parameter_count(params):,}",
-                f"{total:,} ({settings.epochs} x {parts.steps_per_epoch})",
-                f"{flops:.3e}",
-                f"{flops * total:.3e}",
-            ]
-        )
-    report.print_table(
-        f"Dry run: {settings.dataset}, batch {settings.batch_size}, {settings.norm} "
-        f"eps = {settings.eps:.4g}",
-        ["objective", "model", "parameters", "steps", "FLOPs a step", "FLOPs of training"],
-        rows,
-    )

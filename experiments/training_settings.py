@@ -40,7 +40,21 @@ class Settings:
     objective: tuple[str, ...] = setting(
         ("madry",), "what is minimised; several, by commas, train side by side", "objective",
         choices=choices.OBJECTIVES)
-    beta: float = setting(6.0, "weight of the divergence in TRADES", "objective")
+    beta: float = setting(6.0, "weight of the divergence in TRADES and MART", "objective")
+    oracle: str = setting(
+        "plain", "how the gradient is taken: examples as they are, or weighted by their gradients' "
+        "norms", "gradient", choices=choices.ORACLES)
+    alpha: float = setting(5.0, "norm bound of engm, f_engm and a_engm", "gradient")
+    alpha_naive: float = setting(0.5, "bound of the input gradients' norms in n_engm", "gradient")
+    tau: int = setting(
+        50, "from one regression of a_engm to the next", "gradient", unit="steps")
+    norm_rule: str = setting(
+        "ghost", "how parameter norms are found; vjp is that of BatchNorm in training mode",
+        "gradient", choices=tuple(choices.NORM_RULES))
+    awp: float = setting(
+        0.0, "relative size of adversarial weight perturbations, 0 for none", "gradient")
+    awp_warmup: int = setting(
+        10, "epochs without weight perturbation", "gradient", unit="epochs")
     norm: str = setting(
         "linf", "norm of the threat model", "threat model", choices=tuple(choices.NORMS))
     eps: float = setting(8 / 255, "radius of the threat model", "threat model", unit="input units")
@@ -58,7 +72,8 @@ class Settings:
         choices=("eval", "train"))
     optimizer: str = setting("sgd", "optimizer", "optimizer", choices=choices.OPTIMIZERS)
     learning_rate: float = setting(0.1, "largest learning rate", "optimizer")
-    momentum: float = setting(0.9, "momentum of sgd", "optimizer")
+    momentum: float = setting(0.9, "momentum of sgd, mgnc and sngm", "optimizer")
+    max_norm: float = setting(25.0, "norm bound of the batch's gradient in mgnc", "optimizer")
     weight_decay: float = setting(5e-4, "weight decay, coupled (but for adamw)", "optimizer")
     schedule: str = setting(
         "piecewise", "schedule of the learning rate", "optimizer", choices=choices.SCHEDULES)
@@ -74,6 +89,9 @@ class Settings:
     dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
     dispatch: int = setting(50, "training steps per call of the compiled function, at most", "run")
     checkpoint_every: int = setting(1, "validation and checkpoint", "run", unit="epochs")
+    probe: int = setting(
+        0, "training examples whose gradients are measured at every validation", "evaluation",
+        unit="examples")
     validation_steps: int = setting(
         20, "steps of PGD on the validation set, of length eps/10, on the margin loss",
         "evaluation")
@@ -94,10 +112,14 @@ class Settings:
         command_line.check_choices(self)
         if len(set(self.objective)) < len(self.objective):
             raise ValueError(f"objective must name each one once, got {','.join(self.objective)}")
-        for name in ("attack_steps", "validation_steps", "test_steps", "epochs", "eps_warmup"):
+        for name in (
+            "attack_steps", "validation_steps", "test_steps", "epochs", "eps_warmup", "awp_warmup",
+            "probe",
+        ):  # fmt: skip
             checks.integer(name, getattr(self, name))
         for name in (
             "batch_size", "test_batch_size", "test_restarts", "dispatch", "checkpoint_every",
+            "tau",
         ):  # fmt: skip
             checks.integer(name, getattr(self, name), at_least=1)
         checks.integer("seed", self.seed, at_most=2**32 - 1)
@@ -105,11 +127,12 @@ class Settings:
             checks.integer("width", self.width, at_least=1)
         if self.validation_size is not None:
             checks.integer("validation_size", self.validation_size)
-        for name in ("eps", "beta", "weight_decay", "decay"):
+        for name in ("eps", "beta", "weight_decay", "decay", "awp"):
             checks.number(name, getattr(self, name), at_least=0)
         if self.attack_step_size is not None:
             checks.number("attack_step_size", self.attack_step_size, at_least=0)
-        checks.number("learning_rate", self.learning_rate, above=0)
+        for name in ("learning_rate", "alpha", "alpha_naive", "max_norm"):
+            checks.number(name, getattr(self, name), above=0)
         checks.number("momentum", self.momentum, at_least=0, below=1)
         for before, epoch in zip((0, *self.milestones), self.milestones, strict=False):
             if checks.integer("milestones", epoch) <= before:

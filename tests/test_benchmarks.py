@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import agreement, attacks, timing
+from benchmarks import agreement, attacks, outer_optimizers, timing
 from robustjax import losses, models
 from robustjax.benchmark import compilation
 
@@ -53,6 +53,67 @@ def test_a_quick_run_writes_everything_it_measures(tmp_path, capsys):
     assert len(counted["step_cache_sizes"]) == 1
     assert counted["evaluator_cache_sizes"] == [1, 1]
     assert "scan / unrolled" in capsys.readouterr().out
+
+
+def test_a_quick_run_of_the_outer_optimizers(tmp_path, capsys):
+    out = tmp_path / "results" / "outer.json"
+    settings = outer_optimizers.Settings(quick=True, only=("outer",), rounds=2, out=str(out))
+    results = outer_optimizers.main(settings)
+    assert json.loads(out.read_text()).keys() == results.keys()
+    assert results["environment"]["load_average_1_minute_after"] >= 0
+
+    n = outer_optimizers.QUICK.batch_size
+    passes = {
+        name: (counted["passes"], counted["batches"])
+        for name, counted in results["backward_passes"].items()
+    }
+    assert passes == {
+        **dict.fromkeys(("MSGD", "MGNC", "SNGM"), (1, 1)),
+        # Those for the norms are of 16 examples, of one, and of all.
+        **dict.fromkeys(("F-ENGM", "ENGM, ghost"), (n // 16 + 1, 2)),
+        "ENGM, vmap": (n + 1, 2),
+        "ENGM, vjp": (n + 1, n + 1),
+        **dict.fromkeys(("A-ENGM (refresh)", "A-ENGM, train (refresh)"), (n // 16 + 2, 3)),
+        **dict.fromkeys(("A-ENGM (no refresh)", "A-ENGM, train (no refresh)"), (2, 2)),
+        **dict.fromkeys(("N-ENGM", "N-ENGM, train"), (2, 2)),
+    }
+
+    (run,) = results["runs"]
+    assert (run["part"], run["norm"]) == ("outer", "batch")
+    methods = {*passes} - {"ENGM, vjp"}
+    assert run["seconds"].keys() == methods | {"A-ENGM", "A-ENGM, train"}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in run["seconds"].values())
+    assert run["memory"].keys() == {name for name in run["seconds"] if "refresh" not in name}
+    assert run["ratios"].keys() == run["memory"].keys() - {"MSGD"}
+    assert {ratio["to"] for ratio in run["ratios"].values()} == {"MSGD"}
+    assert run["slow"]["seconds"].keys() == {"MSGD", "ENGM, vjp"}
+    for memory in (*run["memory"].values(), *run["slow"]["memory"].values()):
+        kinds = memory["arguments"] + memory["results"] + memory["temporary"]
+        assert memory["total"] == kinds - memory["shared"] > 0
+    # The optimizers keep no more than MSGD does.
+    assert run["memory"]["SNGM"]["arguments"] == run["memory"]["MSGD"]["arguments"]
+    assert "F-ENGM" in capsys.readouterr().out
+
+
+def test_a_method_with_an_interval_counts_as_its_mean_step():
+    seconds = {
+        "MSGD": [1.0, 1.0],
+        "A-ENGM (refresh)": [51.0, 101.0],
+        "A-ENGM (no refresh)": [1.0, 2.0],
+    }
+    averaged = outer_optimizers.averaged_over_tau(seconds)
+    assert [*averaged] == [*seconds, "A-ENGM"]
+    np.testing.assert_allclose(averaged["A-ENGM"], [100 / 50, 199 / 50])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rounds": 0}, {"norms": ("layer",)}, {"only": ("inner",)}],
+    ids=["rounds", "norms", "only"],
+)
+def test_a_wrong_setting_of_the_outer_optimizers_is_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        outer_optimizers.Settings(quick=True, **settings)
 
 
 def test_runs_are_timed_in_turn_after_a_warm_up():

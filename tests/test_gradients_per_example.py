@@ -160,7 +160,7 @@ def test_input_gradients_are_those_of_each_loss_alone():
         gradient = jit(jax.grad(lambda x, i, field=field: loss(x, i, field)), static_argnums=1)
         expected = [jnp.linalg.norm(gradient(batch[field][i : i + 1], i)) for i in range(2)]
         got = measured(input_gradient_norms(at=field), "preact, batch", "trades")
-        np.testing.assert_allclose(got[:2], expected, rtol=1e-4)
+        np.testing.assert_allclose(got[:2], expected, rtol=2e-3)
 
 
 def test_in_training_mode_batchnorm_couples_the_examples():

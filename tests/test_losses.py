@@ -10,7 +10,13 @@ from robustjax import losses
 
 LOGITS = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32) * 3
 LABELS = np.random.default_rng(1).integers(0, 6, 32).astype(np.int32)
-UNTARGETED = [losses.cross_entropy, losses.margin, losses.cw, losses.dlr]
+UNTARGETED = [
+    losses.boosted_cross_entropy,
+    losses.cross_entropy,
+    losses.margin,
+    losses.cw,
+    losses.dlr,
+]
 
 
 def test_cross_entropy_is_minus_the_log_probability():
@@ -27,6 +33,64 @@ def test_kl_divergence_is_the_entropy_of_the_reference_relative_to_the_logits():
     assert (np.asarray(got) >= 0).all()
     shifted = losses.kl_divergence(jnp.array(LOGITS), jnp.array(LOGITS) + 3.0)
     np.testing.assert_allclose(shifted, 0, atol=1e-5)
+
+
+def _boosted_by_hand(logits, labels, guard):
+    """Values and derivatives of the printed formula, in float64."""
+    p, rows = special.softmax(logits.astype(float), axis=1), np.arange(len(labels))
+    others = p.copy()
+    others[rows, labels] = -1
+    largest = others.argmax(axis=1)
+    p_y, p_other = p[rows, labels], p[rows, largest]
+    values = -np.log(p_y) - np.log(1 + guard - p_other)
+    one_hot = np.eye(p.shape[1])
+    slope = (p_other / (1 + guard - p_other))[:, None]
+    return values, p - one_hot[labels] + slope * (one_hot[largest] - p)
+
+
+@pytest.mark.parametrize("guard", [0.0, 1e-4, 0.5])
+def test_boosted_cross_entropy_against_the_printed_formula(guard):
+    def total(z):
+        each = losses.boosted_cross_entropy(z, jnp.array(LABELS), guard=guard)
+        return each.sum(), each
+
+    gradient, got = jax.grad(total, has_aux=True)(jnp.array(LOGITS))
+    values, derivatives = _boosted_by_hand(LOGITS, LABELS, guard)
+    np.testing.assert_allclose(got, values, rtol=1e-4)
+    np.testing.assert_allclose(gradient, derivatives, rtol=1e-3, atol=1e-5)
+
+
+def test_boosted_cross_entropy_of_two_classes_is_twice_the_cross_entropy():
+    """The only other class has what the label lacks: ``1 - p_other = p_y``."""
+    z, y = jnp.array(LOGITS[:, :2]), jnp.array(LABELS % 2)
+    boosted = losses.boosted_cross_entropy(z, y, guard=0.0)
+    np.testing.assert_allclose(boosted, 2 * losses.cross_entropy(z, y), rtol=1e-4)
+
+
+def test_boosted_cross_entropy_adds_a_margin_term_that_the_guard_lowers():
+    z, y = jnp.array(LOGITS), jnp.array(LABELS)
+    bare, guarded = (losses.boosted_cross_entropy(z, y, guard=g) for g in (0.0, 1e-4))
+    assert (np.asarray(bare) > np.asarray(losses.cross_entropy(z, y))).all()
+    assert (np.asarray(bare) > np.asarray(guarded)).all()
+    assert float(guarded.min()) > -np.log1p(1e-4)
+
+
+# Label far ahead; another class far ahead; two others far ahead.
+EXTREME = np.array([[100, -100, -100], [-100, 100, -100], [-100, 100, 100]], np.float32)
+
+
+@pytest.mark.parametrize("guard", [0.0, 1e-4])
+def test_boosted_cross_entropy_at_extreme_logits(guard):
+    def total(z):
+        each = losses.boosted_cross_entropy(z, jnp.zeros(3, jnp.int32), guard=guard)
+        return each.sum(), each
+
+    gradient, got = jax.grad(total, has_aux=True)(jnp.array(EXTREME))
+    # 1 - p_other, without cancellation.
+    gap = np.array([1, 2 * np.exp(-200.0), 0.5])
+    expected = np.array([0, 200, 200 + np.log(2)]) - np.log(guard + gap)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+    assert np.isfinite(gradient).all()
 
 
 def test_margin_is_the_gap_to_the_largest_other_class():

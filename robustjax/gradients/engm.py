@@ -156,7 +156,7 @@ class AENGMState(NamedTuple):
 def a_engm(
     alpha: float,
     *,
-    tau: int = 50,
+    tau: int | Int[Array, ""] = 50,
     decay: float = 0.7,
     norms: NormRule | None = None,
     input_norms: NormRule | None = None,
@@ -171,7 +171,7 @@ def a_engm(
 
     Args:
       alpha: as for ``engm``.
-      tau: steps from one regression to the next, ``>= 1``.
+      tau: steps from one regression to the next, ``>= 1``; it may be traced.
       decay: weight of the old slope and intercept in the moving average, in ``[0, 1)``.
       norms: rule for ``||g_i||``, as for ``engm``.
       input_norms: rule for ``||h_i||``; default ``input_gradient_norms()``.
@@ -193,7 +193,8 @@ def a_engm(
     below 1e-12) leaves the regression as it is.
     """
     checks.number("alpha", alpha, above=0, at_most=float("inf"))
-    checks.integer("tau", tau, at_least=1)
+    if not checks.is_traced(tau):
+        checks.integer("tau", tau, at_least=1)
     checks.number("decay", decay, at_least=0, below=1)
     checks.choice("start", start, ("identity", "first"))
     norms = ghost_norms() if norms is None else checks.function("norms", norms)

@@ -6,13 +6,14 @@
 - ``checkpoint``: ``open_checkpoints``, ``save``, ``restore``
 - ``loop``: ``fit``, ``steps_per_dispatch``
 - ``report``, ``figures``: run folders, metrics, tables, progress, pictures
-- ``flops``: ``count_flops``
+- ``flops``: ``count_flops``; ``memory``: ``residual_bytes``, ``tree_bytes``
 """
 
 from robustjax.training import checkpoint, figures, report
 from robustjax.training.evaluate import adversarial_panel, make_evaluator
 from robustjax.training.flops import count_flops
 from robustjax.training.loop import fit, steps_per_dispatch
+from robustjax.training.memory import residual_bytes, tree_bytes
 from robustjax.training.state import TrainState, create_state, parameter_count
 from robustjax.training.step import several_resident_steps, several_steps, train_step
 
@@ -27,8 +28,10 @@ __all__ = [
     "make_evaluator",
     "parameter_count",
     "report",
+    "residual_bytes",
     "several_resident_steps",
     "several_steps",
     "steps_per_dispatch",
     "train_step",
+    "tree_bytes",
 ]

@@ -1,0 +1,133 @@
+"""What a training run would cost: built abstractly, counted, nothing computed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import choices
+from experiments.training_run import Parts, build, load_split
+from experiments.training_settings import Settings
+from robustjax import checks, objectives, parallel, training
+from robustjax.training import report
+
+
+class Cost(NamedTuple):
+    """What one model costs to train.
+
+    Attributes:
+      parameters: trained scalars.
+      steps: updates in all.
+      steps_per_epoch: updates in an epoch.
+      flops: of matrix products and convolutions in a step, of the costliest branch where a step
+        has several.
+      memory: bytes of a global batch's outer step, about: state, gradient, and what its backward
+        pass keeps.
+    """
+
+    parameters: int
+    steps: int
+    steps_per_epoch: int
+    flops: int
+    memory: int
+
+
+COLUMNS = ("parameters", "steps", "FLOPs a step", "FLOPs of training", "memory, about")
+
+
+def shown(cost: Cost) -> list[str]:
+    """The cells of a table under ``COLUMNS``."""
+    epochs = cost.steps // max(cost.steps_per_epoch, 1)
+    return [
+        f"{cost.parameters:,}",
+        f"{cost.steps:,} ({epochs} x {cost.steps_per_epoch})",
+        f"{cost.flops:.3e}",
+        f"{cost.flops * cost.steps:.3e}",
+        f"{cost.memory / 2**20:,.0f} MiB",
+    ]
+
+
+def dry_run(settings: Settings) -> None:
+    """Builds everything abstractly, checks shapes and prints what a run would cost."""
+    facts = data_facts(settings)
+    rows = [
+        [objective, settings.model, *shown(cost(settings, objective, facts))]
+        for objective in settings.objective
+    ]
+    report.print_table(
+        f"Dry run: {settings.dataset}, batch {settings.batch_size}, {settings.norm} "
+        f"eps = {settings.eps:.4g}",
+        ["objective", "model", *COLUMNS],
+        rows,
+    )
+
+
+def data_facts(settings: Settings) -> choices.DataFacts:
+    """Shape and sizes of the training set after the hold-out, known or looked up."""
+    if settings.dataset in choices.DATA_FACTS:
+        facts = choices.DATA_FACTS[settings.dataset]
+        held_out = settings.validation_size or 0
+        checks.integer("validation_size", held_out, at_most=facts.train_size - 1)
+        return facts._replace(train_size=facts.train_size - held_out)
+    train = load_split(settings, "train")
+    image_shape = np.asarray(train[0]["image"]).shape
+    return choices.DataFacts(image_shape, train.num_classes, len(train))
+
+
+def cost(settings: Settings, objective: str, facts: choices.DataFacts) -> Cost:
+    """Traces one training step of these settings with shapes alone."""
+    parts = build(settings, objective, facts.train_size, facts.num_classes)
+    n = settings.batch_size
+    image = jax.ShapeDtypeStruct((n, *facts.image_shape), jnp.float32)
+    integers = jax.ShapeDtypeStruct((n,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, model_state = jax.eval_shape(parts.model.init, key, image)
+    state = jax.eval_shape(
+        lambda p, s, k: training.create_state(p, s, parts.optimizer, k, oracle=parts.oracle),
+        params,
+        model_state,
+        key,
+    )
+    batch = {"image": image, "label": integers, "index": integers}
+    # The step names the mesh axis; vmap over one device's share binds it without devices.
+    per_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
+    step = jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS)
+    return Cost(
+        parameters=training.parameter_count(params),
+        steps=settings.epochs * parts.steps_per_epoch,
+        steps_per_epoch=parts.steps_per_epoch,
+        flops=training.count_flops(step, state, per_device),
+        memory=training.tree_bytes((state, params))
+        + _outer_memory(parts, params, model_state, key, batch),
+    )
+
+
+def _outer_memory(parts: Parts, params, model_state, key, batch) -> int:
+    """What the outer loss of a global batch keeps for its backward pass, in bytes."""
+    loss_fn = objectives.stages(parts.objective(parts.model.apply))
+
+    def mean_loss(params, model_state, key, batch):
+        return loss_fn.outer(params, model_state, key, batch)[0].mean()
+
+    attacked = {**batch, "adversarial": batch["image"]}
+    return training.residual_bytes(mean_loss, params, model_state, key, attacked)
+
+
+def costs(jobs: Sequence[tuple[str, Settings]]) -> list[list[str]]:
+    """Rows of a table for many runs; what has the same parts is traced once."""
+    seen: dict[Settings, Cost] = {}
+    rows = []
+    for name, settings in jobs:
+        # Numbers that no shape depends on.
+        alike = dataclasses.replace(
+            settings, seed=0, workdir="", eps=0.0, beta=1.0, alpha=1.0, alpha_naive=1.0, tau=1,
+            weight_decay=1.0, milestones=(), probe=0, epochs=1, awp=float(settings.awp > 0),
+        )  # fmt: skip
+        if alike not in seen:
+            seen[alike] = cost(settings, settings.objective[0], data_facts(settings))
+        found = seen[alike]._replace(steps=settings.epochs * seen[alike].steps_per_epoch)
+        rows.append([name, settings.dataset, settings.model, *shown(found)])
+    return rows

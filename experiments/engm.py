@@ -1,0 +1,308 @@
+"""Outer optimizers of adversarial training: ENGM, its approximations, and what they are up against.
+
+  python -m experiments.engm                               noisy digits and MNIST-5k, 4 minutes
+  python -m experiments.engm --study=optimizers,alpha
+  python -m experiments.engm --preset=paper --study=optimizers     seven ResNet-18 on CIFAR-10
+  python -m experiments.engm --preset=paper --dry_run      builds all, runs nothing
+
+optimizers    seven optimizers, vanilla adversarial training (Table 2, Figs. 1 and 5h)
+methods       vanilla, TRADES, MART, AWP with MSGD and ENGM (Table 3, Fig. 1)
+sota          AWP on WRN-34-10 with MSGD, N-ENGM, ENGM (Table 4; paper preset)
+eps           moments of the gradients and DeepFool distance over eps (Table 5)
+gradients     moments and correlation of gradient norms over the epochs (Figs. 2 and 3)
+landscape     loss on planes (Fig. 4; in the paper preset of the networks of study optimizers)
+alpha, tau, beta, weight_decay    ablations (Fig. 5a-g)
+l2            the l_2 threat model
+convergence   descent with heavy-tailed noise (Theorem 2; small preset)
+mnist         MSGD, N-ENGM, A-ENGM, ENGM on MNIST-5k with a small CNN (small preset)
+
+The small preset trains perceptrons on 400 digits with 30 % wrong labels, where robust overfitting
+shows within seconds; it prints claim by claim what holds there. Times per step (Table 1) are
+measured by python -m benchmarks.outer_optimizers. The paper preset trains each network in a folder
+of its own, WORKDIR/STUDY/NETWORK, and prints the published number beside its own; with --resume it
+goes on where it was interrupted.
+
+Source: Dabouei et al. (2022), "Revisiting outer optimization in adversarial training".
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import adversarial_training, command_line, engm_jobs, evaluate, trained_models
+from experiments.claims import check_claims, print_claims
+from experiments.command_line import setting
+from experiments.dry_run import COLUMNS, costs
+from experiments.engm_figures import FIGURES
+from experiments.engm_jobs import BASE, LABELS, Job, jobs_of
+from experiments.engm_studies import Small, deepfool_distance, interval, summary
+from experiments.engm_sweeps import STUDIES, landscape_of
+from experiments.training_settings import Settings as Training
+from robustjax import checks
+from robustjax.benchmark.environment import environment
+from robustjax.training import report
+
+TRAINED = ("optimizers", "methods", "sota", "eps", "gradients", "alpha", "tau", "beta",
+           "weight_decay", "l2")  # fmt: skip
+ALL = ("optimizers", "methods", "sota", "eps", "gradients", "landscape", "alpha", "tau", "beta",
+       "weight_decay", "l2", "convergence", "mnist")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What can be set; the settings of the published networks are in ``engm_jobs``."""
+
+    # fmt: off
+    scale: str = setting(
+        "paper", "small: noisy digits; paper: the published networks", "run",
+        choices=("small", "paper"))
+    study: tuple[str, ...] = setting(TRAINED, "what is run, by commas", "run", choices=ALL)
+    seeds: int = setting(3, "networks of each kind", "run")
+    seed: int = setting(0, "the first seed", "run")
+    workdir: str = setting("runs/engm/paper", "folder of the results, new or to --resume", "run")
+    resume: bool = setting(False, "go on with the run in workdir, if there is one", "run")
+    dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
+    assert_claims: bool = setting(
+        True, "end with an error if a claim that should hold does not", "run")
+    epochs: int = setting(
+        120, "epochs on noisy digits, a third of them on clean ones", "small", unit="epochs")
+    evaluate_every: int = setting(5, "evaluations on digits", "small", unit="epochs")
+    train_size: int = setting(400, "digits to train on", "small", unit="examples")
+    test_size: int = setting(800, "digits to test on", "small", unit="examples")
+    probe: int = setting(128, "digits whose gradients are measured", "small", unit="examples")
+    noise: float = setting(0.3, "share of labels redrawn", "small")
+    mnist_epochs: int = setting(6, "epochs on MNIST-5k", "small", unit="epochs")
+    auto_attack: int = setting(
+        10_000, "test examples for AutoAttack on each network's best checkpoint; 0: without",
+        "paper", unit="examples")
+    data_dir: str | None = setting(None, "where TFDS sets are prepared", "paper")
+    tiny_imagenet: str = setting(
+        "tiny_imagenet.npz", "file of arrays with Tiny-ImageNet, 64x64", "paper")
+    batch_size: int = setting(128, "global batch size", "paper", unit="examples")
+    distributed: bool = setting(
+        False, "start jax.distributed: one process per host, same flags on each", "hosts")
+    coordinator_address: str | None = setting(
+        None, "HOST:PORT of the first process; None: found by JAX on TPU and Slurm", "hosts")
+    num_processes: int | None = setting(None, "number of processes; None: found by JAX", "hosts")
+    process_id: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
+    # fmt: on
+
+    def __post_init__(self):
+        command_line.check_choices(self)
+        for name in ("seeds", "epochs", "evaluate_every", "train_size", "test_size", "probe",
+                     "mnist_epochs", "batch_size"):  # fmt: skip
+            checks.integer(name, getattr(self, name), at_least=1)
+        checks.integer("auto_attack", self.auto_attack)
+        checks.divisible("epochs", self.epochs, "evaluate_every", self.evaluate_every)
+        checks.number("noise", self.noise, at_least=0, at_most=1)
+        known = ("mnist", *STUDIES) if self.scale == "small" else (*TRAINED, "landscape")
+        for study in self.study:
+            checks.choice(f"study at {self.scale} size", study, known)
+
+
+PRESETS = {
+    "small": Settings(
+        scale="small",
+        study=("optimizers", "methods", "eps", "gradients", "landscape", "alpha", "tau", "beta",
+               "weight_decay", "l2", "convergence", "mnist"),
+        workdir="runs/engm/small",
+    ),
+    "paper": Settings(),
+}  # fmt: skip
+# MNIST-5k with the network of the demo, but momentum SGD: the pipeline of the published runs.
+MNIST = dataclasses.replace(
+    adversarial_training.PRESETS["small"], objective=("madry",), optimizer="sgd",
+    learning_rate=0.05, weight_decay=5e-4, eps_warmup=2, alpha=3.0, tau=10, checkpoint_every=2,
+    test_restarts=1, probe=100,
+)  # fmt: skip
+
+
+def main(settings: Settings) -> None:
+    """Runs or resumes the studies of these settings."""
+    if settings.distributed:
+        jax.distributed.initialize(
+            settings.coordinator_address, settings.num_processes, settings.process_id
+        )
+    if settings.dry_run:
+        dry_run(settings)
+        return
+    config = dataclasses.asdict(settings)
+    for name in ("workdir", "resume", "dry_run", "study", "data_dir", "assert_claims",
+                 "distributed", "coordinator_address", "num_processes", "process_id"):  # fmt: skip
+        del config[name]
+    workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
+    results, claims = _earlier(workdir), []
+    small = Small(settings.seeds, settings.epochs, settings.evaluate_every, settings.train_size,
+                  settings.test_size, settings.probe, settings.noise, settings.seed)  # fmt: skip
+    for study in settings.study:
+        began = time.monotonic()
+        if settings.scale == "small" and study != "mnist":
+            found = STUDIES[study](small)
+            report.print_table(found.title, found.columns, found.rows)
+            claims += found.claims
+            if report.is_writer() and found.figure:
+                name, arguments = found.figure
+                FIGURES[name](workdir / f"{study}.png", **arguments)
+            results[study] = {
+                "results": found.results,
+                "claims": [claim._asdict() for claim in found.claims],
+            }
+        elif study == "landscape":
+            results[study] = _published_landscape(settings, workdir)
+        else:
+            results[study] = run_study(settings, study, workdir)
+        results[study]["seconds"] = round(time.monotonic() - began, 1)
+        results["environment"] = environment()
+        if report.is_writer():  # after each study: what is done is not lost
+            report.write_json(workdir / "results.json", results)
+    if claims:
+        print_claims("Noisy digits: what the paper finds, and what holds at this size", claims)
+    report.print_lines(f"tables, figures and networks: {workdir}")
+    if settings.assert_claims:
+        check_claims(claims)
+
+
+def _earlier(workdir: Path) -> dict[str, Any]:
+    path = workdir / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _base(settings: Settings, study: str) -> Training:
+    """What the runs of a study share."""
+    if study == "mnist":
+        return dataclasses.replace(MNIST, epochs=settings.mnist_epochs, seed=settings.seed)
+    return dataclasses.replace(
+        BASE, data_dir=settings.data_dir, batch_size=settings.batch_size, seed=settings.seed
+    )
+
+
+def _jobs(settings: Settings, study: str, workdir: Path) -> list[Job]:
+    jobs = jobs_of(study, _base(settings, study), 1 if study == "mnist" else settings.seeds)
+    placed = []
+    for job in jobs:
+        words = [*job.labels, f"seed{job.settings.seed}"]
+        name = "-".join(words).lower().replace(" ", "").replace("/", "of").replace(":", "_")
+        changes: dict[str, Any] = {"workdir": str(workdir / study / name), "resume": True}
+        if job.settings.dataset == engm_jobs.DATASETS[-1]:
+            changes["dataset"] = f"npz:{settings.tiny_imagenet}"
+        placed.append(job._replace(settings=dataclasses.replace(job.settings, **changes)))
+    return placed
+
+
+def run_study(settings: Settings, study: str, workdir: Path) -> dict[str, Any]:
+    """Trains and evaluates the networks of a study, one after the other, and prints its table."""
+    found: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    published = {}
+    for job in _jobs(settings, study, workdir):
+        found.setdefault(job.labels, []).append(_outcome(settings, study, job))
+        published[job.labels] = job.published
+    columns = list(next(iter(found.values()))[0])
+    rows = []
+    for labels, outcomes in found.items():
+        cells = []
+        for column in columns:
+            text = interval(np.array([outcome[column] for outcome in outcomes]))
+            known = published[labels].get(column)
+            cells.append(text if known is None else f"{text} ({known:g})")
+        rows.append([*labels, *cells])
+    note = "" if study == "mnist" else "; in parentheses: published"
+    report.print_table(
+        f"Study {study}, mean ± std [95 % interval] over seeds{note}",
+        [*LABELS[study], *columns],
+        rows,
+    )
+    return {
+        ", ".join(labels): summary({c: np.array([o[c] for o in outcomes]) for c in columns})
+        for labels, outcomes in found.items()
+    }
+
+
+def _outcome(settings: Settings, study: str, job: Job) -> dict[str, float]:
+    """The numbers of one network, which is trained if that has not been done."""
+    objective = job.settings.objective[0]
+    folder = Path(job.settings.workdir)
+    path = folder / "results.json"
+    if path.exists():
+        result = json.loads(path.read_text())[objective]
+    else:
+        report.print_lines(f"{study}: {', '.join(job.labels)}, seed {job.settings.seed}")
+        result = adversarial_training.train(job.settings)[objective]
+    pgd = f"pgd{job.settings.validation_steps}"
+    best, last = result["best"], result["last"]
+    outcome = {"clean": 100 * best["clean"], "best": 100 * best[pgd], "last": 100 * last[pgd]}
+    drop = best[pgd] - last[pgd]
+    outcome["overfit"] = 100 * max(drop, 0.0) / max(best[pgd], 1e-12)
+    if settings.auto_attack and study in ("optimizers", "methods", "sota", "l2"):
+        outcome["autoattack"] = 100 * _auto_attack(settings, job, folder)
+    if job.settings.probe:
+        records = report.read_metrics(folder / objective)
+        measured = [record for record in records if record["split"] == "gradients"]
+        for name in ("mean_norm", "variance", "correlation"):
+            outcome[name] = float(np.mean([record[name] for record in measured]))
+    if study == "eps":
+        trained = trained_models.load(folder / objective, data_dir=settings.data_dir)
+        examples = trained_models.evaluation_set(job.settings, "test", 1000)
+        outcome["deepfool"] = deepfool_distance(trained.logits_fn, examples.image, examples.label)
+    return outcome
+
+
+def _auto_attack(settings: Settings, job: Job, folder: Path) -> float:
+    """Robust accuracy of the best checkpoint under AutoAttack; an interrupted one is resumed."""
+    path = folder / "autoattack" / "results.json"
+    if path.exists():
+        return json.loads(path.read_text())["robust_accuracy"]
+    chosen = dataclasses.replace(
+        evaluate.PRESETS["paper"],
+        checkpoint=str(folder / job.settings.objective[0]),
+        examples=settings.auto_attack,
+        threat=job.settings.norm,
+        eps=job.settings.eps,
+        data_dir=settings.data_dir,
+        workdir=str(path.parent),
+        resume=True,
+    )
+    return evaluate.main(chosen)["robust_accuracy"]
+
+
+def _published_landscape(settings: Settings, workdir: Path) -> dict[str, Any]:
+    """Fig. 4 from the best networks of the study of optimizers, with the first seed."""
+    logits_fns = {}
+    for job in _jobs(settings, "optimizers", workdir):
+        method = job.labels[0].lower()
+        if method in ("msgd", "engm") and method not in logits_fns:
+            folder = Path(job.settings.workdir) / "madry"
+            logits_fns[method] = trained_models.load(folder, data_dir=settings.data_dir).logits_fn
+            examples = trained_models.evaluation_set(job.settings, "test", 4)
+    found = landscape_of(logits_fns, examples.image, examples.label, eps=8 / 255)
+    report.print_table(found.title, found.columns, found.rows)
+    if report.is_writer():
+        name, arguments = found.figure
+        FIGURES[name](workdir / "landscape.png", **arguments)
+    return {"results": found.results}
+
+
+def dry_run(settings: Settings) -> None:
+    """Builds the networks of all studies abstractly and prints what each would cost."""
+    for study in settings.study:
+        if settings.scale == "small" and study != "mnist":
+            report.print_lines(f"{study}: perceptrons on digits, {settings.epochs} epochs")
+        elif study != "landscape":
+            jobs = jobs_of(study, _base(settings, study), 1)
+            rows = costs([(", ".join(job.labels), job.settings) for job in jobs])
+            report.print_table(
+                f"Dry run: study {study}, each of {settings.seeds} seeds",
+                ["network", "data set", "model", *COLUMNS],
+                rows,
+            )
+
+
+if __name__ == "__main__":
+    # Two perceptrons side by side are faster than one on two cores.
+    jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
+    command_line.run(main, Settings, PRESETS, __doc__)
