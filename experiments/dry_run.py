@@ -124,7 +124,8 @@ def costs(jobs: Sequence[tuple[str, Settings]]) -> list[list[str]]:
         # Numbers that no shape depends on.
         alike = dataclasses.replace(
             settings, seed=0, workdir="", eps=0.0, beta=1.0, alpha=1.0, alpha_naive=1.0, tau=1,
-            weight_decay=1.0, milestones=(), probe=0, epochs=1, awp=float(settings.awp > 0),
+            weight_decay=1.0, milestones=(), probe=0, attack_step_size=0.0, epochs=1,
+            awp=float(settings.awp > 0),
         )  # fmt: skip
         if alike not in seen:
             seen[alike] = cost(settings, settings.objective[0], data_facts(settings))

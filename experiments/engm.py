@@ -1,7 +1,8 @@
 """Outer optimizers of adversarial training: ENGM, its approximations, and what they are up against.
 
-  python -m experiments.engm                               noisy digits and MNIST-5k, 4 minutes
+  python -m experiments.engm                               noisy digits, 4 minutes on two cores
   python -m experiments.engm --study=optimizers,alpha
+  python -m experiments.engm --preset=mnist                MNIST-5k, a small CNN, 2 minutes
   python -m experiments.engm --preset=paper --study=optimizers     seven ResNet-18 on CIFAR-10
   python -m experiments.engm --preset=paper --dry_run      builds all, runs nothing
 
@@ -14,7 +15,7 @@ landscape     loss on planes (Fig. 4; in the paper preset of the networks of stu
 alpha, tau, beta, weight_decay    ablations (Fig. 5a-g)
 l2            the l_2 threat model
 convergence   descent with heavy-tailed noise (Theorem 2; small preset)
-mnist         MSGD, N-ENGM, A-ENGM, ENGM on MNIST-5k with a small CNN (small preset)
+mnist         MSGD, N-ENGM, A-ENGM, ENGM on MNIST-5k with a small CNN (mnist preset)
 
 The small preset trains perceptrons on 400 digits with 30 % wrong labels, where robust overfitting
 shows within seconds; it prints claim by claim what holds there. Times per step (Table 1) are
@@ -33,17 +34,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from experiments import adversarial_training, command_line, engm_jobs, evaluate, trained_models
+from experiments import command_line
 from experiments.claims import check_claims, print_claims
 from experiments.command_line import setting
 from experiments.dry_run import COLUMNS, costs
 from experiments.engm_figures import FIGURES
-from experiments.engm_jobs import BASE, LABELS, Job, jobs_of
-from experiments.engm_studies import Small, deepfool_distance, interval, summary
-from experiments.engm_sweeps import STUDIES, landscape_of
-from experiments.training_settings import Settings as Training
+from experiments.engm_jobs import jobs_of
+from experiments.engm_published import base_of, published_landscape, run_study
+from experiments.engm_studies import Small
+from experiments.engm_sweeps import STUDIES
 from robustjax import checks
 from robustjax.benchmark.environment import environment
 from robustjax.training import report
@@ -72,9 +72,9 @@ class Settings:
         True, "end with an error if a claim that should hold does not", "run")
     epochs: int = setting(
         120, "epochs on noisy digits, a third of them on clean ones", "small", unit="epochs")
-    evaluate_every: int = setting(5, "evaluations on digits", "small", unit="epochs")
+    evaluate_every: int = setting(8, "evaluations on digits", "small", unit="epochs")
     train_size: int = setting(400, "digits to train on", "small", unit="examples")
-    test_size: int = setting(800, "digits to test on", "small", unit="examples")
+    test_size: int = setting(500, "digits to test on", "small", unit="examples")
     probe: int = setting(128, "digits whose gradients are measured", "small", unit="examples")
     noise: float = setting(0.3, "share of labels redrawn", "small")
     mnist_epochs: int = setting(6, "epochs on MNIST-5k", "small", unit="epochs")
@@ -110,17 +110,13 @@ PRESETS = {
     "small": Settings(
         scale="small",
         study=("optimizers", "methods", "eps", "gradients", "landscape", "alpha", "tau", "beta",
-               "weight_decay", "l2", "convergence", "mnist"),
+               "weight_decay", "l2", "convergence"),
+        seeds=4,
         workdir="runs/engm/small",
     ),
+    "mnist": Settings(scale="small", study=("mnist",), seeds=1, workdir="runs/engm/mnist"),
     "paper": Settings(),
 }  # fmt: skip
-# MNIST-5k with the network of the demo, but momentum SGD: the pipeline of the published runs.
-MNIST = dataclasses.replace(
-    adversarial_training.PRESETS["small"], objective=("madry",), optimizer="sgd",
-    learning_rate=0.05, weight_decay=5e-4, eps_warmup=2, alpha=3.0, tau=10, checkpoint_every=2,
-    test_restarts=1, probe=100,
-)  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -154,7 +150,7 @@ def main(settings: Settings) -> None:
                 "claims": [claim._asdict() for claim in found.claims],
             }
         elif study == "landscape":
-            results[study] = _published_landscape(settings, workdir)
+            results[study] = published_landscape(settings, workdir)
         else:
             results[study] = run_study(settings, study, workdir)
         results[study]["seconds"] = round(time.monotonic() - began, 1)
@@ -173,127 +169,13 @@ def _earlier(workdir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _base(settings: Settings, study: str) -> Training:
-    """What the runs of a study share."""
-    if study == "mnist":
-        return dataclasses.replace(MNIST, epochs=settings.mnist_epochs, seed=settings.seed)
-    return dataclasses.replace(
-        BASE, data_dir=settings.data_dir, batch_size=settings.batch_size, seed=settings.seed
-    )
-
-
-def _jobs(settings: Settings, study: str, workdir: Path) -> list[Job]:
-    jobs = jobs_of(study, _base(settings, study), 1 if study == "mnist" else settings.seeds)
-    placed = []
-    for job in jobs:
-        words = [*job.labels, f"seed{job.settings.seed}"]
-        name = "-".join(words).lower().replace(" ", "").replace("/", "of").replace(":", "_")
-        changes: dict[str, Any] = {"workdir": str(workdir / study / name), "resume": True}
-        if job.settings.dataset == engm_jobs.DATASETS[-1]:
-            changes["dataset"] = f"npz:{settings.tiny_imagenet}"
-        placed.append(job._replace(settings=dataclasses.replace(job.settings, **changes)))
-    return placed
-
-
-def run_study(settings: Settings, study: str, workdir: Path) -> dict[str, Any]:
-    """Trains and evaluates the networks of a study, one after the other, and prints its table."""
-    found: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    published = {}
-    for job in _jobs(settings, study, workdir):
-        found.setdefault(job.labels, []).append(_outcome(settings, study, job))
-        published[job.labels] = job.published
-    columns = list(next(iter(found.values()))[0])
-    rows = []
-    for labels, outcomes in found.items():
-        cells = []
-        for column in columns:
-            text = interval(np.array([outcome[column] for outcome in outcomes]))
-            known = published[labels].get(column)
-            cells.append(text if known is None else f"{text} ({known:g})")
-        rows.append([*labels, *cells])
-    note = "" if study == "mnist" else "; in parentheses: published"
-    report.print_table(
-        f"Study {study}, mean ± std [95 % interval] over seeds{note}",
-        [*LABELS[study], *columns],
-        rows,
-    )
-    return {
-        ", ".join(labels): summary({c: np.array([o[c] for o in outcomes]) for c in columns})
-        for labels, outcomes in found.items()
-    }
-
-
-def _outcome(settings: Settings, study: str, job: Job) -> dict[str, float]:
-    """The numbers of one network, which is trained if that has not been done."""
-    objective = job.settings.objective[0]
-    folder = Path(job.settings.workdir)
-    path = folder / "results.json"
-    if path.exists():
-        result = json.loads(path.read_text())[objective]
-    else:
-        report.print_lines(f"{study}: {', '.join(job.labels)}, seed {job.settings.seed}")
-        result = adversarial_training.train(job.settings)[objective]
-    pgd = f"pgd{job.settings.validation_steps}"
-    best, last = result["best"], result["last"]
-    outcome = {"clean": 100 * best["clean"], "best": 100 * best[pgd], "last": 100 * last[pgd]}
-    drop = best[pgd] - last[pgd]
-    outcome["overfit"] = 100 * max(drop, 0.0) / max(best[pgd], 1e-12)
-    if settings.auto_attack and study in ("optimizers", "methods", "sota", "l2"):
-        outcome["autoattack"] = 100 * _auto_attack(settings, job, folder)
-    if job.settings.probe:
-        records = report.read_metrics(folder / objective)
-        measured = [record for record in records if record["split"] == "gradients"]
-        for name in ("mean_norm", "variance", "correlation"):
-            outcome[name] = float(np.mean([record[name] for record in measured]))
-    if study == "eps":
-        trained = trained_models.load(folder / objective, data_dir=settings.data_dir)
-        examples = trained_models.evaluation_set(job.settings, "test", 1000)
-        outcome["deepfool"] = deepfool_distance(trained.logits_fn, examples.image, examples.label)
-    return outcome
-
-
-def _auto_attack(settings: Settings, job: Job, folder: Path) -> float:
-    """Robust accuracy of the best checkpoint under AutoAttack; an interrupted one is resumed."""
-    path = folder / "autoattack" / "results.json"
-    if path.exists():
-        return json.loads(path.read_text())["robust_accuracy"]
-    chosen = dataclasses.replace(
-        evaluate.PRESETS["paper"],
-        checkpoint=str(folder / job.settings.objective[0]),
-        examples=settings.auto_attack,
-        threat=job.settings.norm,
-        eps=job.settings.eps,
-        data_dir=settings.data_dir,
-        workdir=str(path.parent),
-        resume=True,
-    )
-    return evaluate.main(chosen)["robust_accuracy"]
-
-
-def _published_landscape(settings: Settings, workdir: Path) -> dict[str, Any]:
-    """Fig. 4 from the best networks of the study of optimizers, with the first seed."""
-    logits_fns = {}
-    for job in _jobs(settings, "optimizers", workdir):
-        method = job.labels[0].lower()
-        if method in ("msgd", "engm") and method not in logits_fns:
-            folder = Path(job.settings.workdir) / "madry"
-            logits_fns[method] = trained_models.load(folder, data_dir=settings.data_dir).logits_fn
-            examples = trained_models.evaluation_set(job.settings, "test", 4)
-    found = landscape_of(logits_fns, examples.image, examples.label, eps=8 / 255)
-    report.print_table(found.title, found.columns, found.rows)
-    if report.is_writer():
-        name, arguments = found.figure
-        FIGURES[name](workdir / "landscape.png", **arguments)
-    return {"results": found.results}
-
-
 def dry_run(settings: Settings) -> None:
     """Builds the networks of all studies abstractly and prints what each would cost."""
     for study in settings.study:
         if settings.scale == "small" and study != "mnist":
             report.print_lines(f"{study}: perceptrons on digits, {settings.epochs} epochs")
         elif study != "landscape":
-            jobs = jobs_of(study, _base(settings, study), 1)
+            jobs = jobs_of(study, base_of(settings, study), 1)
             rows = costs([(", ".join(job.labels), job.settings) for job in jobs])
             report.print_table(
                 f"Dry run: study {study}, each of {settings.seeds} seeds",

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from experiments import noisy_digits
 from experiments.claims import Claim
 from experiments.noisy_digits import METHODS, MODEL, Knobs, Recipe, Runs, Task
+from experiments.training_run import WEIGHT_ERROR_ALPHAS
 from robustjax import attacks, data, metrics, models, norms
 from robustjax.threat import ThreatModel
 
@@ -283,9 +284,6 @@ def _distances(logits_fn: Callable, x: Array, y: Array) -> Array:
     return attack(logits_fn, jax.random.key(0), x, y)[1].distance
 
 
-ALPHAS = (0.1, 1.0, 3.0)
-
-
 def gradients(small: Small) -> Study:
     """Figs. 2 and 3: moments and correlation over the epochs, natural against adversarial."""
     runs = {
@@ -301,7 +299,7 @@ def gradients(small: Small) -> Study:
         for name, r in runs.items()
     }
     epoch = runs["natural"].epoch
-    errors = {alpha: _weight_errors(runs["adversarial"], alpha) for alpha in ALPHAS}
+    errors = {alpha: _weight_errors(runs["adversarial"], alpha) for alpha in WEIGHT_ERROR_ALPHAS}
     # The first learning rate ends at 60 %.
     before, after = int(0.6 * len(epoch)) - 1, len(epoch) - 1
     natural, adversarial = curves["natural"], curves["adversarial"]
@@ -345,14 +343,7 @@ def gradients(small: Small) -> Study:
 
 def _weight_errors(runs: Runs, alpha: float) -> np.ndarray:
     """Error of weights that come from a regression on the probe itself, per cent, per epoch."""
-
-    def error(parameter, inputs):
-        slope, intercept = np.polyfit(inputs, parameter, 1)
-        weights = (np.minimum(alpha / np.maximum(np.abs(v), 1e-12), 1)
-                   for v in (slope * inputs + intercept, parameter))  # fmt: skip
-        return metrics.weight_error(*weights)
-
     return np.array([
-        [error(p, h) for p, h in zip(ps.astype(np.float64), hs.astype(np.float64), strict=True)]
+        [metrics.regressed_weight_error(p, h, alpha) for p, h in zip(ps, hs, strict=True)]
         for ps, hs in zip(runs.parameter_norm, runs.input_norm, strict=True)
     ]).mean(axis=0)  # fmt: skip

@@ -29,6 +29,9 @@ from robustjax import (
 from robustjax.threat import ThreatModel
 from robustjax.training import checkpoint, feed, figures, report
 
+# Norm bounds for which the error of regressed weights is recorded: Dabouei et al. (2022), Fig. 3.
+WEIGHT_ERROR_ALPHAS = (0.1, 1.0, 3.0)
+
 
 def load_split(settings: Settings, split: str) -> data.Dataset | data.Source:
     """A split of the settings' data set: in memory, or read from disk example by example."""
@@ -288,10 +291,15 @@ def _gradient_measure(settings, parts, train, key):
         params, model_state = parallel.to_host((state.params, state.model_state))
         found = probe(params, model_state, key, batch)
         moments = metrics.gradient_moments(found.parameter_norm, found.mean_gradient)
+        norms = (found.parameter_norm, found.input_norm)
         return {
             "mean_norm": float(moments.mean_norm),
             "variance": float(moments.variance),
-            "correlation": metrics.correlation(found.parameter_norm, found.input_norm),
+            "correlation": metrics.correlation(*norms),
+            **{
+                f"weight_error_{alpha:g}": metrics.regressed_weight_error(*norms, alpha)
+                for alpha in WEIGHT_ERROR_ALPHAS
+            },
         }
 
     return measure

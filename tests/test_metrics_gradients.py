@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robustjax.metrics import correlation, gradient_moments, robust_overfitting, weight_error
+from robustjax.metrics import (
+    correlation,
+    gradient_moments,
+    regressed_weight_error,
+    robust_overfitting,
+    weight_error,
+)
 
 RNG = np.random.default_rng(0)
 M, D, K = 12, 6, 4
@@ -207,3 +213,19 @@ class TestOverfitting:
 def test_bad_input(call, message, plain_calls):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_regressed_weights_err_as_little_as_a_line_can():
+    inputs = np.array([0.5, 1.0, 2.0, 4.0])
+    line = 3 * inputs + 0.5
+    assert regressed_weight_error(line, inputs, 2.0) == pytest.approx(0, abs=1e-9)
+    norms = line + np.array([0.1, -0.2, 0.3, -0.1])
+    slope, intercept = np.polyfit(inputs, norms, 1)
+    weights = np.minimum(2 / (slope * inputs + intercept), 1), np.minimum(2 / norms, 1)
+    assert regressed_weight_error(norms, inputs, 2.0) == pytest.approx(weight_error(*weights))
+    assert regressed_weight_error(norms, inputs, 100.0) == 0  # all weights are 1
+    constant = np.ones(4)
+    expected = weight_error(np.minimum(2 / norms.mean() * constant, 1), weights[1])
+    assert regressed_weight_error(norms, constant, 2.0) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="alpha must be > 0, got 0"):
+        regressed_weight_error(norms, inputs, 0)

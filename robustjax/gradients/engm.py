@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from robustjax import checks
 from robustjax.gradients.per_example import NormRule, ghost_norms, input_gradient_norms
@@ -74,7 +74,7 @@ def reweighted(weigh: Weigh, init: Callable[[Any], Any] = lambda params: ()) -> 
     return Oracle(init, oracle)
 
 
-def engm(alpha: float, *, norms: NormRule | None = None) -> Oracle:
+def engm(alpha: ArrayLike, *, norms: NormRule | None = None) -> Oracle:
     """ENGM: no example contributes a gradient longer than ``alpha``.
 
     ``mean_i min(alpha / ||g_i||, 1) g_i``, of length ``<= alpha``. Large ``alpha`` is the plain
@@ -96,7 +96,7 @@ def engm(alpha: float, *, norms: NormRule | None = None) -> Oracle:
     return _by_parameter_norms(lambda norm: engm_weights(norm, alpha), norms)
 
 
-def f_engm(alpha: float = 1.0, *, norms: NormRule | None = None) -> Oracle:
+def f_engm(alpha: ArrayLike = 1.0, *, norms: NormRule | None = None) -> Oracle:
     """F-ENGM: every example contributes a gradient of length ``alpha``, short ones are enlarged.
 
     Args:
@@ -119,7 +119,7 @@ def _by_parameter_norms(rule: Callable[[Array], Array], norms: NormRule | None) 
     return reweighted(weigh)
 
 
-def n_engm(alpha: float = 0.5, *, input_norms: NormRule | None = None) -> Oracle:
+def n_engm(alpha: ArrayLike = 0.5, *, input_norms: NormRule | None = None) -> Oracle:
     """N-ENGM: the norm of the input gradient stands for that of the parameter gradient.
 
     Args:
@@ -154,7 +154,7 @@ class AENGMState(NamedTuple):
 
 
 def a_engm(
-    alpha: float,
+    alpha: ArrayLike,
     *,
     tau: int | Int[Array, ""] = 50,
     decay: float = 0.7,

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from robustjax import checks
 from robustjax.gradients.plain import Oracle, plain
@@ -14,7 +14,7 @@ from robustjax.objectives import LossFn, outer_only, stages
 
 
 def awp(
-    gamma: float = 5e-3,
+    gamma: ArrayLike = 5e-3,
     *,
     oracle: Oracle | None = None,
     warmup: int = 0,

@@ -6,7 +6,8 @@
 - ``margins``: ``linear_margin``, ``binary_margin``, ``multiclass_margin``: first-order estimates of
   that distance; ``max_eps``, ``bisect_max_eps`` with ``no_error``, ``near_clean``: the largest
   radius that a model withstands
-- ``gradients``: ``gradient_moments``, ``correlation``, ``weight_error`` of per-example gradients;
+- ``gradients``: ``gradient_moments``, ``correlation``, ``weight_error``,
+  ``regressed_weight_error`` of per-example gradients;
   ``robust_overfitting``
 - ``landscape``: ``loss_plane`` around an example, and its ``curvature``
 - ``statistics``: ``bootstrap_mean`` over seeds
@@ -19,6 +20,7 @@ from robustjax.metrics.gradients import (
     GradientMoments,
     correlation,
     gradient_moments,
+    regressed_weight_error,
     robust_overfitting,
     weight_error,
 )
@@ -70,6 +72,7 @@ __all__ = [
     "near_clean",
     "no_error",
     "query_statistics",
+    "regressed_weight_error",
     "relative_perturbation",
     "robust_accuracy_curve",
     "robust_overfitting",

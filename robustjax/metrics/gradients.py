@@ -115,6 +115,32 @@ def weight_error(
     return float(100 * np.mean(np.abs(estimated - exact) / exact))
 
 
+def regressed_weight_error(
+    parameter_norm: ArrayLike | Sequence[float],
+    input_norm: ArrayLike | Sequence[float],
+    alpha: float,
+) -> float:
+    """``weight_error`` of weights whose norms are predicted by least squares on the same examples.
+
+    The best that a linear prediction of parameter norms from input norms can do.
+
+    Args:
+      parameter_norm: ``||g_i||``, ``(n,)``, ``n >= 2``.
+      input_norm: ``||h_i||``, ``(n,)``; all the same predicts the mean.
+      alpha: norm bound of the weights ``min(alpha / norm, 1)``, ``> 0``.
+
+    Raises:
+      ValueError: shapes do not fit, a number is not finite, or ``alpha`` is not positive.
+    """
+    checks.number("alpha", alpha, above=0)
+    norm, inputs = _pair("parameter_norm", parameter_norm, "input_norm", input_norm)
+    spread = np.var(inputs)
+    slope = np.mean((inputs - inputs.mean()) * norm) / spread if spread else 0.0
+    predicted = norm.mean() + slope * (inputs - inputs.mean())
+    weights = (np.minimum(alpha / np.maximum(np.abs(v), 1e-12), 1) for v in (predicted, norm))
+    return weight_error(*weights)
+
+
 def robust_overfitting(accuracy: ArrayLike | Sequence[float]) -> float:
     """``(best - last) / best`` of a curve of robust accuracies over training, in per cent.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from robustjax import checks, keys
 from robustjax.attacks import Attack, gaussian_start, pgd
@@ -103,7 +103,7 @@ def trades_attack(threat: ThreatModel, *, steps: int = 10, step_size=0.007) -> A
 def trades(
     attack: Attack,
     *,
-    beta: float = 6.0,
+    beta: ArrayLike = 6.0,
     kl_direction: str = "clean_to_adversarial",
     attack_mode: str = "eval",
 ) -> Objective:
@@ -150,7 +150,7 @@ def trades(
 def mart(
     attack: Attack,
     *,
-    beta: float = 6.0,
+    beta: ArrayLike = 6.0,
     guard: float = 1e-4,
     attack_mode: str = "eval",
 ) -> Objective:
