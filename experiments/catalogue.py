@@ -29,6 +29,7 @@ STRUCTURES = "Sanyal 2021, Identifying and exploiting structures for reliable de
 BRIDGING = "Faghri et al. 2021, Bridging adversarial robustness and optimization bias"
 DEMO = "robustjax"
 
+ENGM = "python -m experiments.engm"
 EVALUATE = "python -m experiments.evaluate"
 CURVES = "python -m experiments.attack_curves"
 FOURIER = "python -m experiments.fourier_attack"
@@ -54,24 +55,34 @@ CATALOGUE = (
           (CURVES, f"{CURVES} --threat=l2 --eps_max=3 --workdir=runs/attack_curves/l2 "
            "--attacks=pgd,apgd-t,autoattack,fab,deepfool,cw")),
     Entry(DEMO, "Fourier", "Fourier-l_inf attacks on four small networks", "yes", (FOURIER,)),
-    Entry(OUTER, "Table 1", "time per iteration of seven outer optimizers", "no"),
-    Entry(OUTER, "Table 2", "seven outer optimizers, vanilla adversarial training, CIFAR-10",
-          "part: MSGD; the second command gives the column AA",
-          (f"{TRAINING} --preset=paper", f"{EVALUATE} --preset=paper")),
-    Entry(OUTER, "Table 3", "Vanilla, TRADES, MART, AWP x MSGD, ENGM",
-          "part: Vanilla and TRADES with MSGD, CIFAR-10 and CIFAR-100, without AutoAttack",
-          (f"{TRAINING} --preset=paper --epochs=200 --milestones=100,150 "
-           "--objective=madry,trades --workdir=runs/outer/cifar10",
-           f"{TRAINING} --preset=paper --epochs=200 --milestones=100,150 "
-           "--objective=madry,trades --dataset=cifar100 --workdir=runs/outer/cifar100")),
-    Entry(OUTER, "Table 4", "comparison on WRN-34-10", "no"),
-    Entry(OUTER, "Table 5", "gradient statistics and DeepFool distance over eps", "no"),
-    Entry(OUTER, "Fig. 1", "gain of robust accuracy", "no"),
-    Entry(OUTER, "Fig. 2", "mean and variance of gradient norms over epochs", "no"),
-    Entry(OUTER, "Fig. 3", "correlation of gradient norms", "no"),
-    Entry(OUTER, "Fig. 4", "loss landscapes", "no"),
-    Entry(OUTER, "Fig. 5", "ablations and learning curves",
-          "part: learning curve of MSGD (h)", (f"{TRAINING} --preset=paper",)),
+    Entry(OUTER, "Table 1", "time per iteration of seven outer optimizers", "yes",
+          ("python -m benchmarks.outer_optimizers",)),
+    Entry(OUTER, "Table 2", "seven outer optimizers, vanilla adversarial training, CIFAR-10", "yes",
+          (f"{ENGM} --study=optimizers", f"{ENGM} --preset=mnist",
+           f"{ENGM} --preset=paper --study=optimizers")),
+    Entry(OUTER, "Table 3", "Vanilla, TRADES, MART, AWP x MSGD, ENGM", "yes",
+          (f"{ENGM} --study=methods", f"{ENGM} --preset=paper --study=methods")),
+    Entry(OUTER, "Table 4", "comparison on WRN-34-10", "part: AWP with MSGD, N-ENGM, ENGM",
+          (f"{ENGM} --preset=paper --study=sota",)),
+    Entry(OUTER, "Table 5", "gradient statistics and DeepFool distance over eps", "yes",
+          (f"{ENGM} --study=eps", f"{ENGM} --preset=paper --study=eps")),
+    Entry(OUTER, "Fig. 1", "gain of robust accuracy", "yes",
+          (f"{ENGM} --study=optimizers", f"{ENGM} --preset=paper --study=optimizers")),
+    Entry(OUTER, "Fig. 2", "mean and variance of gradient norms over epochs", "yes",
+          (f"{ENGM} --study=gradients", f"{ENGM} --preset=paper --study=gradients")),
+    Entry(OUTER, "Fig. 3", "correlation of gradient norms, error of estimated weights",
+          "part: models in evaluation mode",
+          (f"{ENGM} --study=gradients", f"{ENGM} --preset=paper --study=gradients")),
+    Entry(OUTER, "Fig. 4", "loss landscapes", "yes",
+          (f"{ENGM} --study=landscape", f"{ENGM} --preset=paper --study=optimizers,landscape")),
+    Entry(OUTER, "Fig. 5", "ablations and learning curves", "yes",
+          (f"{ENGM} --study=optimizers,alpha,tau,beta,weight_decay",
+           f"{ENGM} --preset=paper --study=optimizers,alpha,tau,beta,weight_decay")),
+    Entry(OUTER, "Supplement", "the l_2 threat model, eps = 128/255", "yes",
+          (f"{ENGM} --study=l2", f"{ENGM} --preset=paper --study=l2")),
+    Entry(OUTER, "Theorem 2", "descent with gradient noise of infinite variance", "yes",
+          (f"{ENGM} --study=convergence",)),
+    Entry(OUTER, "all", "everything at small size: noisy digits, claim by claim", "yes", (ENGM,)),
     Entry(FAST_AT, "Fig. 2.1", "robust accuracy of fast methods over eps, CIFAR-10 and SVHN",
           "part: FGSM, FGSM-RS, PGD-2, PGD-10 at one eps per run",
           (f"{FAST} --attack=fgsm --attack_step_size=8/255 --workdir=runs/fast/fgsm",

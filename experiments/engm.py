@@ -173,7 +173,9 @@ def dry_run(settings: Settings) -> None:
     """Builds the networks of all studies abstractly and prints what each would cost."""
     for study in settings.study:
         if settings.scale == "small" and study != "mnist":
-            report.print_lines(f"{study}: perceptrons on digits, {settings.epochs} epochs")
+            report.print_lines(
+                f"Dry run: study {study}: perceptrons on digits, {settings.epochs} epochs"
+            )
         elif study != "landscape":
             jobs = jobs_of(study, base_of(settings, study), 1)
             rows = costs([(", ".join(job.labels), job.settings) for job in jobs])

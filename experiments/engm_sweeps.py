@@ -98,7 +98,7 @@ def _sweep(small: Small, knob: str, values: tuple, kinds: Mapping[str, tuple[str
 
 def alpha(small: Small) -> Study:
     """Fig. 5a-c: the norm bound of ENGM, and that of N-ENGM times the slope of the two norms."""
-    values = (0.3, 1.0, 3.0, 10.0, INF)
+    values = (0.3, 1.0, 3.0, INF)
     slope = 6.0  # alpha 3 of ENGM against 0.5 of N-ENGM
     kinds = {
         "ENGM": ("engm", "madry", {"alpha": values}),
@@ -124,7 +124,7 @@ def alpha(small: Small) -> Study:
 
 def tau(small: Small) -> Study:
     """Fig. 5d, e: steps from one regression of A-ENGM to the next."""
-    values = (1, 10, 50, 100, 300)
+    values = (1, 10, 100, 300)
     kinds = {"A-ENGM": ("a_engm", "madry", {"tau": values})}
     return _sweep(small, "tau", values, kinds, "Regressions of A-ENGM", lambda found: [])
 
@@ -156,7 +156,7 @@ def l2(small: Small) -> Study:
     for method in ("msgd", "engm"):
         recipe = Recipe(method, "madry", small.epochs, norm="l2",
                         evaluate_every=small.evaluate_every)  # fmt: skip
-        runs = small.made(recipe, small.noise, seed=small.all_seeds(), eps=1.0)
+        runs = small.made(recipe, small.noise, seed=small.some_seeds(), eps=1.0)
         found = best_last_overfit(runs)
         rows.append([method.upper(), *(interval(v) for v in found.values())])
         results[method] = summary(found)

@@ -621,7 +621,8 @@ EXPERIMENTS = {
         lambda _: choices.make_attack("apgd", THREAT, steps=1, step_size=0.1, start="zero"),
         "attack must be one of 'fgsm', .* got 'apgd'"),
     "optimizer by name": (
-        lambda _: choices.make_optimizer("lion", abs, momentum=0.9, weight_decay=0.0),
+        lambda _: choices.make_optimizer(
+            "lion", abs, momentum=0.9, weight_decay=0.0, max_norm=1.0),
         "optimizer must be one of 'sgd', .* got 'lion'"),
     "batch larger than the set": (lambda tmp: main(tmp, "--batch_size=8000"),
                                   "batch_size must be <= .* examples, 1297, got 8000"),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import adversarial_training, catalogue, choices, command_line
+from experiments import adversarial_training, catalogue, choices, command_line, engm
 from robustjax import parallel
 from robustjax.threat import ThreatModel
 
@@ -78,9 +78,14 @@ COMMANDS = sorted({command for entry in catalogue.CATALOGUE for command in entry
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_catalogue_can_be_parsed_and_built(command, capsys):
     python, flag, name, *words = command.split()
-    assert (python, flag, name.split(".")[0]) == ("python", "-m", "experiments")
+    assert (python, flag) == ("python", "-m")
     module = importlib.import_module(name)
+    if name.startswith("benchmarks."):
+        assert not words and callable(module.main)
+        return
     settings, _ = command_line.parse_settings(words, module.Settings, module.PRESETS)
+    if module is engm and settings.scale == "paper":
+        return  # tests/test_experiments_engm.py builds all its networks
     if module is not adversarial_training:
         module.main(dataclasses.replace(settings, dry_run=True))
         assert "Dry run" in capsys.readouterr().out
@@ -173,7 +178,9 @@ def test_the_cyclic_schedule_is_a_triangle():
 
 def test_the_optimizer_of_the_paper_is_momentum_with_coupled_decay():
     settings = PRESETS["paper"]
-    optimizer = choices.make_optimizer("sgd", lambda step: 0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = choices.make_optimizer(
+        "sgd", lambda step: 0.1, momentum=0.9, weight_decay=5e-4, max_norm=25.0
+    )
     params = {"w": np.array([1.0, -2.0], np.float32)}
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.1 * (1 + 5e-4) * params["w"], rtol=1e-6)
