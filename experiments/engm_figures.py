@@ -72,10 +72,13 @@ def gradient_curves(
         "variance": "variance",
         "correlation": "correlation of norms",
     }
-    for where, (name, label) in zip(axes, labels.items(), strict=False):
+    for where, (name, text) in zip(axes, labels.items(), strict=False):
         for colour, (training, series) in zip(COLOURS, curves.items(), strict=False):
             where.plot(epoch, series[name], color=colour, label=training)
-        where.set(ylabel=label, yscale="linear" if name == "correlation" else "log")
+            if f"{name}_train" in series:
+                label = f"{training}, training mode"
+                where.plot(epoch, series[f"{name}_train"], color=colour, ls="--", label=label)
+        where.set(ylabel=text, yscale="linear" if name == "correlation" else "log")
         where.legend(fontsize="small")
     for colour, (alpha, values) in zip(COLOURS, errors.items(), strict=False):
         axes[3].plot(epoch, values, color=colour, label=f"alpha = {alpha:g}")

@@ -155,7 +155,7 @@ def _rows(study: str) -> list[tuple[tuple[str, ...], dict[str, Any], dict[str, f
             for i, eps in enumerate(TABLE_5_EPS)
         ]  # fmt: skip
     if study == "gradients":
-        short = {"epochs": 100, "milestones": (75,), "probe": 1000}
+        short = {"epochs": 100, "milestones": (75,), "probe": 1000, "probe_train": True}
         return [
             (
                 (dataset, model, NAMES[objective]),

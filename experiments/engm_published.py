@@ -148,7 +148,7 @@ def _figure(
             curves, errors = {}, {}
             for labels in (labels for labels in found if labels[0] == dataset):
                 series = {}
-                for name in ("mean_norm", "variance", "correlation"):
+                for name in ("mean_norm", "variance", "correlation", "correlation_train"):
                     epoch, values = _curves(jobs, labels, "gradients", name)
                     series[name] = values.mean(axis=0)
                 curves[labels[2]] = series

@@ -273,7 +273,7 @@ def _advance(settings, parts, train, key, mesh):
 
 
 def _gradient_measure(settings, parts, train, key):
-    """Norms of the gradients of the first training examples, as they are, in evaluation mode."""
+    """Norms of the gradients of the first training examples, without augmentation."""
     n = settings.probe
     checks.integer("probe", n, at_most=len(train))
     chunk = max(k for k in range(1, min(n, settings.batch_size) + 1) if n % k == 0)
@@ -286,13 +286,19 @@ def _gradient_measure(settings, parts, train, key):
     }
     loss_fn = parts.objective(parts.exact_model.apply)
     probe = jax.jit(gradients.gradient_probe(loss_fn, chunk=chunk))
+    in_training = jax.jit(gradients.gradient_probe(loss_fn, chunk=chunk, mode="train"))
 
     def measure(state) -> dict[str, float]:
         params, model_state = parallel.to_host((state.params, state.model_state))
         found = probe(params, model_state, key, batch)
         moments = metrics.gradient_moments(found.parameter_norm, found.mean_gradient)
         norms = (found.parameter_norm, found.input_norm)
+        more = {}
+        if settings.probe_train:
+            found = in_training(params, model_state, key, batch)
+            more["correlation_train"] = metrics.correlation(found.parameter_norm, found.input_norm)
         return {
+            **more,
             "mean_norm": float(moments.mean_norm),
             "variance": float(moments.variance),
             "correlation": metrics.correlation(*norms),

@@ -92,6 +92,8 @@ class Settings:
     probe: int = setting(
         0, "training examples whose gradients are measured at every validation", "evaluation",
         unit="examples")
+    probe_train: bool = setting(
+        False, "the correlation of their norms with the model in training mode too", "evaluation")
     validation_steps: int = setting(
         20, "steps of PGD on the validation set, of length eps/10, on the margin loss",
         "evaluation")

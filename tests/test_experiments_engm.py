@@ -158,7 +158,8 @@ def test_a_study_of_networks_trains_evaluates_and_resumes(tmp_path, monkeypatch,
     """The pipeline of the published runs, on digits with a linear model."""
     tiny = dataclasses.replace(
         engm_published.MNIST, dataset="digits", model="linear", eps_warmup=0, attack_steps=1,
-        batch_size=400, test_batch_size=200, validation_steps=2, test_steps=2, probe=8, dispatch=3,
+        batch_size=400, test_batch_size=200, validation_steps=2, test_steps=2, probe=8,
+        probe_train=True, dispatch=3,
     )  # fmt: skip
     monkeypatch.setattr(engm_published, "MNIST", tiny)
     monkeypatch.setattr(engm_jobs, "METHODS", {
@@ -177,6 +178,7 @@ def test_a_study_of_networks_trains_evaluates_and_resumes(tmp_path, monkeypatch,
     records = report.read_metrics(tmp_path / "w/mnist/a-engm-seed0/madry")
     assert {"train", "validation", "gradients"} == {r["split"] for r in records}
     assert 0 < records[0]["weight"] <= 1
+    assert all("correlation_train" in r for r in records if r["split"] == "gradients")
 
     # Nothing is trained again.
     monkeypatch.setattr(engm_published.adversarial_training, "train", None)

@@ -136,8 +136,9 @@ def test_a_single_example_is_clipped_as_mgnc_clips_the_batch():
 
 def test_losses_and_alpha_scale_together():
     scaled = madry(pgd(ThreatModel(LInf(), 0.1), steps=2), loss=lambda z, y: 7 * _cross(z, y))
-    grads = gradient(engm(7 * bound()), loss_fn=scaled(MODEL.apply))[0]
-    assert_close(grads, jax.tree.map(lambda g: 7 * g, gradient(engm(bound()))[0]), atol=1e-5)
+    for make, alpha in ((engm, bound()), (n_engm, 0.5)):
+        grads = gradient(make(7 * alpha), loss_fn=scaled(MODEL.apply))[0]
+        assert_close(grads, jax.tree.map(lambda g: 7 * g, gradient(make(alpha))[0]), atol=1e-5)
 
 
 def _cross(logits, y):

@@ -213,6 +213,15 @@ def test_the_probe_gives_the_mean_gradient_and_the_norms_of_all_chunks():
     np.testing.assert_allclose(got.loss.mean(), mean(params), rtol=1e-5)
 
 
+def test_without_a_radius_adversarial_training_has_the_gradients_of_natural_training():
+    model_fn, params, _, batch = case("small cnn")
+    clean = {name: value for name, value in batch.items() if name != "adversarial"}
+    natural = gradient_probe(standard()(model_fn), chunk=4)(params, {}, KEY, clean)
+    nothing = madry(pgd(ThreatModel(LInf(), 0.0), steps=1))(model_fn)
+    adversarial = gradient_probe(nothing, chunk=4)(params, {}, KEY, clean)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), natural, adversarial)
+
+
 def plain_model(params, model_state, x, train, key):
     del train, key
     return x.reshape(len(x), -1) @ params["w"], model_state
