@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from robustjax import checks
 
@@ -47,7 +47,7 @@ def kl_divergence(
 
 
 def boosted_cross_entropy(
-    logits: Float[Array, "n k"], y: Int[Array, " n"], *, guard: float = 1e-4
+    logits: Float[Array, "n k"], y: Int[Array, " n"], *, guard: ArrayLike = 1e-4
 ) -> Float[Array, " n"]:
     """``-log p_y - log(1 + guard - max_{k != y} p_k)``: a cross-entropy with a margin term.
 
@@ -66,7 +66,10 @@ def boosted_cross_entropy(
     checks.logits_and_labels(logits, y)
     checks.number("guard", guard, at_least=0)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    is_label = jnp.arange(logits.shape[1]) == y[:, None]
-    log_other = jnp.max(jnp.where(is_label, -jnp.inf, log_p), axis=1)
+    classes = jnp.arange(logits.shape[1])
+    is_label = classes == y[:, None]
+    other = jnp.argmax(jnp.where(is_label, -jnp.inf, log_p), axis=1)
+    # 1 - p_other as a sum over the rest: the difference rounds to zero in float32 near p = 1.
+    log_rest = jax.nn.logsumexp(jnp.where(classes == other[:, None], -jnp.inf, log_p), axis=1)
     log_label = jnp.sum(jnp.where(is_label, log_p, 0), axis=1)
-    return -log_label - jnp.log(guard - jnp.expm1(log_other))
+    return -log_label - jnp.logaddexp(jnp.log(guard), log_rest)

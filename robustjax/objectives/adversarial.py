@@ -74,6 +74,7 @@ def madry(
 
     def objective(model_fn: ModelFn) -> LossFn:
         def outer(params, model_state, key, batch, train=True):
+            checks.fields("batch", batch, ("adversarial",))
             logits, model_state = logits_of(
                 model_fn, params, model_state, key, batch, batch["adversarial"], train
             )
@@ -151,7 +152,7 @@ def mart(
     attack: Attack,
     *,
     beta: ArrayLike = 6.0,
-    guard: float = 1e-4,
+    guard: ArrayLike = 1e-4,
     attack_mode: str = "eval",
 ) -> Objective:
     """MART: misclassified examples count more in the divergence from clean to adversarial.
@@ -196,6 +197,7 @@ def mart(
 
 def _both_logits(model_fn, params, model_state, key, batch, train):
     """Logits at clean and adversarial inputs, one after the other; both update the statistics."""
+    checks.fields("batch", batch, ("adversarial",))
     clean, model_state = logits_of(model_fn, params, model_state, key, batch, batch["image"], train)
     adversarial, model_state = logits_of(
         model_fn, params, model_state, key, batch, batch["adversarial"], train
