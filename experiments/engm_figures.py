@@ -106,7 +106,10 @@ def loss_planes(path: Path, *, planes: Mapping[str, Any], labels: np.ndarray) ->
             axes.set_title(f"{_named(method)}, digit {labels[i]}", fontsize=9)
             if method == list(planes)[-1]:
                 axes.set_xlabel("PGD-20 direction")
-                figure.colorbar(shown, ax=rows[:, i], location="bottom", label="loss (nats)")
+                figure.colorbar(
+                    shown, ax=rows[:, i], location="bottom", label="loss (nats)",
+                    ticks=[0, levels[-1] / 2, levels[-1]], format="%.2g",
+                )  # fmt: skip
         row[0].set_ylabel("random direction")
     figure.savefig(path, dpi=150)
 

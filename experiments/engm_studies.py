@@ -250,8 +250,8 @@ def eps(small: Small) -> Study:
         Claim("the mean norm grows with eps", "non-decreasing", shown, rises),
         Claim("ENGM's gain in DeepFool distance grows with eps", "non-decreasing",
               ", ".join(f"{g:+.3f}" for g in gain), None),
-        Claim("the correlation is stronger without attack", f"> {correlation[1:].max():.2f}",
-              f"{correlation[0]:.2f}", None),
+        Claim("the correlation is stronger without attack", f"> {correlation[1:].max():.4f}",
+              f"{correlation[0]:.4f}", None),
     ]  # fmt: skip
     return Study(
         f"Gradients and DeepFool distance over eps, clean digits, {epochs} epochs, MSGD",

@@ -55,8 +55,19 @@ def layer_norms(
 
     Raises:
       ValueError: a parameter belongs to no Linen layer that was called, a layer's input or output
-        is not one array with one row per example, or BatchNorm is in training mode.
+        is not one array with one row per example, BatchNorm is in training mode, or a layer is
+        called under a transformation, as in a penalty on input gradients.
     """
+    try:
+        return _layer_norms(losses_fn, params, n)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "losses must call their layers under no transformation of their own, such as the "
+            "derivative in a penalty: take the norms by vmap_norms"
+        ) from error
+
+
+def _layer_norms(losses_fn, params, n) -> Float[Array, " n"]:
     layers, shapes = _trace(losses_fn, params, n)
     _check_coverage(layers, params)
     taps = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -73,8 +84,7 @@ def layer_norms(
     calls: dict[tuple[str, ...], list] = {}
     for layer, (x, variables), d in zip(layers, inputs, output_gradients, strict=True):
         calls.setdefault(layer.path, []).append((layer, x, variables, d))
-    squares = sum(_squared_norms(group) for group in calls.values())
-    return jnp.sqrt(squares)
+    return jnp.sqrt(sum(_squared_norms(group) for group in calls.values()))
 
 
 def _trace(losses_fn, params, n) -> tuple[list[_Layer], list[jax.ShapeDtypeStruct]]:

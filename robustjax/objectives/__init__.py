@@ -6,10 +6,26 @@ batch is ``{"image": (n, ...), "label": (n,), "index": (n,)}`` and metrics are p
 - ``standard``: ``standard``
 - ``adversarial``: ``madry``, ``trades``, ``trades_attack``, ``mart``
 - ``stages``: ``Stages``, ``stages``, ``outer_only``: inner maximisation and outer loss apart
+- ``regularized``: ``penalized`` (any objective plus a penalty), ``grad_align``, ``soar``,
+  ``first_order`` (FOAR), ``gradient_penalty``, ``cure``, ``logit_squeezing``,
+  ``clean_logit_pairing``; ``evaluation_point``, ``augmented_hessian_product``
 - ``scheduled``: ``scheduled`` (settings that change with the step)
 """
 
 from robustjax.objectives.adversarial import madry, mart, trades, trades_attack
+from robustjax.objectives.regularized import (
+    Penalty,
+    augmented_hessian_product,
+    clean_logit_pairing,
+    cure,
+    evaluation_point,
+    first_order,
+    grad_align,
+    gradient_penalty,
+    logit_squeezing,
+    penalized,
+    soar,
+)
 from robustjax.objectives.scheduled import scheduled
 from robustjax.objectives.stages import LossFn, Stages, outer_only, stages
 from robustjax.objectives.standard import ModelFn, Objective, standard
@@ -18,11 +34,22 @@ __all__ = [
     "LossFn",
     "ModelFn",
     "Objective",
+    "Penalty",
     "Stages",
+    "augmented_hessian_product",
+    "clean_logit_pairing",
+    "cure",
+    "evaluation_point",
+    "first_order",
+    "grad_align",
+    "gradient_penalty",
+    "logit_squeezing",
     "madry",
     "mart",
     "outer_only",
+    "penalized",
     "scheduled",
+    "soar",
     "stages",
     "standard",
     "trades",

@@ -4,9 +4,10 @@ A gradient oracle that needs more than one derivative of the same losses (per-ex
 perturbation) runs the first stage once and the second one as often as it likes.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Array
 
@@ -16,7 +17,8 @@ from robustjax import checks
 LossFn = Callable[..., tuple[Array, tuple[Any, dict[str, Array]]]]
 
 
-class Stages(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stages:
     """A loss function ``loss_fn(params, model_state, key, batch)`` that can be taken apart.
 
     Attributes:

@@ -83,11 +83,11 @@ def test_standard(tiny, norm, record_property):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["apgd-t", "fab-t", "square"])
 def test_alone(tiny, norm, name, record_property):
-    """An attack of the ensemble on all images."""
+    """An attack of the ensemble on all images, at the middle one of the radii."""
     evaluate = auto_attack({name: ensemble("standard", 10)[name]}, **ONE)
-    for eps in EPS[norm]:
-        mine, theirs = ours(evaluate, tiny, norm, eps), reference(tiny, norm, eps, (name,))
-        agreement = np.mean(mine.robust == theirs.robust)
-        robust = mine.robust_accuracy, float(theirs.robust.mean())
-        tell(record_property, f"{norm} {eps}, {name} alone", *robust, agreement)
-        assert robust[0] <= robust[1] + POINTS and agreement >= AGREEMENT
+    eps = EPS[norm][1]
+    mine, theirs = ours(evaluate, tiny, norm, eps), reference(tiny, norm, eps, (name,))
+    agreement = np.mean(mine.robust == theirs.robust)
+    robust = mine.robust_accuracy, float(theirs.robust.mean())
+    tell(record_property, f"{norm} {eps}, {name} alone", *robust, agreement)
+    assert robust[0] <= robust[1] + POINTS and agreement >= AGREEMENT
