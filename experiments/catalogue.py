@@ -21,12 +21,17 @@ TRAINING = "python -m experiments.adversarial_training"
 FAST = f"{TRAINING} --preset=paper --epochs=30 --schedule=cyclic --learning_rate=0.3 "
 FAST += "--attack_start=zero --attack_mode=train"
 
+ALIGNED = "--attack=fgsm --attack_step_size=8/255 --penalty=grad_align"
+SOAR = "python -m experiments.soar"
+FAST_STUDY = "python -m experiments.fast_adversarial_training"
+
 OUTER = "Dabouei et al. 2022, Revisiting outer optimization in adversarial training"
 FAST_AT = "Andriushchenko 2024, Understanding generalization and robustness, ch. 2 (fast training)"
 SQUARE = "Andriushchenko 2024, Understanding generalization and robustness, ch. 3 (Square Attack)"
 ROBUSTBENCH = "Andriushchenko 2024, Understanding generalization and robustness, ch. 4 (benchmark)"
 STRUCTURES = "Sanyal 2021, Identifying and exploiting structures for reliable deep learning"
 BRIDGING = "Faghri et al. 2021, Bridging adversarial robustness and optimization bias"
+SECOND_ORDER = "Ma 2025, Understanding adversarial robustness in deep learning, ch. 3 (SOAR)"
 DEMO = "robustjax"
 
 ENGM = "python -m experiments.engm"
@@ -102,15 +107,42 @@ CATALOGUE = (
            f"{FAST} --attack_steps=2 --attack_step_size=8/255 --attack_start=uniform "
            "--workdir=runs/fast/pgd2_rs_full")),
     Entry(FAST_AT, "Table 2.4", "fast adversarial training on CIFAR-10 at 8/255 and 16/255",
-          "part: FGSM, FGSM-RS, PGD-2, PGD-10",
+          "part: without free training; 8/255, one seed per run",
           (f"{FAST} --attack=fgsm --attack_step_size=8/255 --workdir=runs/fast/fgsm",
+           f"{FAST} {ALIGNED} --penalty_weight=0.2 --workdir=runs/fast/grad_align",
+           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --penalty=grad_align "
+           "--penalty_weight=0.1 --workdir=runs/fast/pgd2_grad_align",
            f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs",
            f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
            f"{FAST} --attack_step_size=1.6/255 --workdir=runs/fast/pgd10")),
     Entry(FAST_AT, "Table 2.5", "fast adversarial training on SVHN at 8/255 and 12/255",
-          "part: FGSM-RS, PGD-2, PGD-10",
-          (f"{FAST} --dataset=svhn_cropped --epochs=15 --learning_rate=0.05 --eps_warmup=5 "
+          "part: PGD-10 and FGSM + GradAlign at 8/255, one seed per run",
+          (f"{FAST} {ALIGNED} --penalty_weight=2.5 --dataset=svhn_cropped --epochs=15 "
+           "--learning_rate=0.05 --eps_warmup=5 --workdir=runs/fast/svhn_grad_align",
+           f"{FAST} --dataset=svhn_cropped --epochs=15 --learning_rate=0.05 --eps_warmup=5 "
            "--attack_step_size=1.6/255 --workdir=runs/fast/svhn_pgd10",)),
+    Entry(FAST_AT, "Table 2.7", "FGSM + GradAlign at 24/255 and 32/255", "part: one seed per run",
+          (f"{FAST} --attack=fgsm --penalty=grad_align --penalty_weight=2.0 --learning_rate=0.1 "
+           "--eps=24/255 --attack_step_size=24/255 --workdir=runs/fast/eps24",
+           f"{FAST} --attack=fgsm --penalty=grad_align --penalty_weight=2.0 --learning_rate=0.1 "
+           "--eps=32/255 --attack_step_size=32/255 --workdir=runs/fast/eps32")),
+    Entry(FAST_AT, "Table 2.8", "FGSM with gradient penalty, CURE, GradAlign",
+          "part: 8/255, one seed per run",
+          (f"{FAST} --attack=fgsm --attack_step_size=8/255 --penalty=gradient "
+           "--penalty_weight=1000 --workdir=runs/fast/gradient_penalty",
+           f"{FAST} --attack=fgsm --attack_step_size=8/255 --penalty=cure --penalty_weight=700 "
+           "--workdir=runs/fast/cure",
+           f"{FAST} {ALIGNED} --penalty_weight=0.2 --workdir=runs/fast/grad_align")),
+    Entry(FAST_AT, "Figs. 2.5, 2.6, 2.11, 2.15", "catastrophic overfitting of a single-layer CNN, "
+          "and what prevents it", "part: digits in place of CIFAR-10", (FAST_STUDY,)),
+    Entry(SECOND_ORDER, "Tables 3.1, 3.2, 3.3, 3.7, 3.8", "confidence, white-box and transferred "
+          "accuracy of FOAR and SOAR, by evaluation point", "part: digits in place of CIFAR-10",
+          (f"{SOAR} --study=methods",)),
+    Entry(SECOND_ORDER, "Table 3.6", "the loss over the number of vectors z",
+          "part: digits in place of CIFAR-10", (f"{SOAR} --study=samples",)),
+    Entry(SECOND_ORDER, "Tables 3.4, 3.9, 3.10", "AutoAttack members, l_2, capacity", "no"),
+    Entry(SECOND_ORDER, "Table 3.5", "forward and backward passes",
+          "part: counted by robustjax.training.count_passes, see its tests"),
     Entry(SQUARE, "Figs. 3.1, 3.4, 3.6", "success rate over queries",
           "part: Square and SimBA, on CIFAR-10 and digits",
           (f"{STUDY} --study=curves", f"{STUDY} --preset=paper --study=curves")),

@@ -156,6 +156,25 @@ def make_objective(
     return objectives.trades(inner, beta=beta, attack_mode=attack_mode)
 
 
+PENALTIES: Mapping[str, Callable[[ThreatModel], objectives.Penalty]] = {
+    "grad_align": lambda threat: objectives.grad_align(threat.eps, norm=threat.norm),
+    "gradient": lambda threat: objectives.gradient_penalty(),
+    "cure": lambda threat: objectives.cure(threat.eps),
+    "foar": lambda threat: objectives.first_order(threat.eps, norm=threat.norm),
+    "soar": lambda threat: objectives.soar(threat.eps),
+}
+
+
+def add_penalty(
+    objective: objectives.Objective, name: str, weight: float, threat: ThreatModel
+) -> objectives.Objective:
+    """The objective with a penalty on input gradients at the clean inputs; ``"none"`` leaves it."""
+    checks.choice("penalty", name, ("none", *PENALTIES))
+    if name == "none":
+        return objective
+    return objectives.penalized(objective, PENALTIES[name](threat), weight=weight)
+
+
 def make_schedule(
     name: str,
     *,

@@ -120,7 +120,9 @@ def best_last_overfit(runs: Runs) -> dict[str, np.ndarray]:
 def interval(values: np.ndarray) -> str:
     """Mean, standard deviation and 95 % bootstrap interval of the mean, for a table."""
     found = metrics.bootstrap_mean(np.asarray(values, np.float64))
-    return f"{found.mean:.1f} ± {found.std:.1f} [{found.low:.1f}, {found.high:.1f}]"
+    if len(values) == 1:
+        return f"{found.mean:.3g}"
+    return f"{found.mean:.3g} ± {found.std:.2g} [{found.low:.3g}, {found.high:.3g}]"
 
 
 def summary(numbers: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ and settings.
 """
 
 import dataclasses
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from experiments import side_by_side
 from robustjax import (
     attacks,
     checks,
@@ -28,7 +27,6 @@ from robustjax import (
     norms,
     objectives,
     optim,
-    parallel,
     training,
 )
 from robustjax.threat import ThreatModel
@@ -151,36 +149,10 @@ class Runs(NamedTuple):
 
 
 def train(recipe: Recipe, knobs: Knobs, task: Task) -> Runs:
-    """Trains and evaluates one network for every entry of the knobs.
-
-    Runs go side by side, one on each CPU device or all on the accelerators. One program serves any
-    number of them.
-    """
-    runs = max(np.size(value) for value in knobs)
-    knobs = Knobs(*(np.broadcast_to(np.asarray(value), (runs,)) for value in knobs))
-    mesh = parallel.device_mesh()
-    cpu = mesh.devices.flat[0].platform == "cpu"
-    group = mesh.size if cpu else math.ceil(runs / mesh.size) * mesh.size
-    found = []
-    for first in range(0, runs, group):
-        # The last group is filled up with runs that are thrown away.
-        chosen = np.minimum(np.arange(first, first + group), runs - 1)
-        share = Knobs(*(value[chosen] for value in knobs))
-        found.append(parallel.to_host(_program(recipe, mesh)(parallel.split(share, mesh), task)))
-    curves = jax.tree.map(lambda *parts: np.concatenate(parts)[:runs], *found)
+    """Trains and evaluates one network for every entry of the knobs, side by side."""
+    curves = side_by_side.run(_run, recipe, knobs, task)
     epoch = np.arange(recipe.evaluate_every, recipe.epochs + 1, recipe.evaluate_every)
     return Runs(epoch, *curves)
-
-
-@functools.lru_cache
-def _program(recipe: Recipe, mesh: jax.sharding.Mesh):
-    """One compiled program per recipe, for any knobs."""
-    return parallel.parallel(
-        jax.vmap(functools.partial(_run, recipe), in_axes=(0, None)),
-        mesh,
-        in_specs=(parallel.SPLIT, parallel.REPLICATED),
-        out_specs=parallel.SPLIT,
-    )
 
 
 def build(recipe: Recipe, knobs: Knobs, total_steps: int) -> tuple[Any, ...]:

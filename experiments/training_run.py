@@ -104,7 +104,7 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
             step_size=size,
             start=settings.attack_start,
         )
-        return choices.make_objective(
+        plain = choices.make_objective(
             objective,
             now,
             attack,
@@ -113,6 +113,7 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
             beta=settings.beta,
             attack_mode=settings.attack_mode,
         )
+        return choices.add_penalty(plain, settings.penalty, settings.penalty_weight, now)
 
     warmup = settings.eps_warmup * steps_per_epoch
     growth = optax.linear_schedule(0.0, 1.0, warmup)

@@ -41,6 +41,10 @@ class Settings:
         ("madry",), "what is minimised; several, by commas, train side by side", "objective",
         choices=choices.OBJECTIVES)
     beta: float = setting(6.0, "weight of the divergence in TRADES and MART", "objective")
+    penalty: str = setting(
+        "none", "penalty on the gradient at the clean inputs, added to the objective", "objective",
+        choices=("none", *choices.PENALTIES))
+    penalty_weight: float = setting(1.0, "weight of the penalty", "objective")
     oracle: str = setting(
         "plain", "how the gradient is taken: examples as they are, or weighted by their gradients' "
         "norms", "gradient", choices=choices.ORACLES)
@@ -129,7 +133,7 @@ class Settings:
             checks.integer("width", self.width, at_least=1)
         if self.validation_size is not None:
             checks.integer("validation_size", self.validation_size)
-        for name in ("eps", "beta", "weight_decay", "decay", "awp"):
+        for name in ("eps", "beta", "weight_decay", "decay", "awp", "penalty_weight"):
             checks.number(name, getattr(self, name), at_least=0)
         if self.attack_step_size is not None:
             checks.number("attack_step_size", self.attack_step_size, at_least=0)

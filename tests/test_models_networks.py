@@ -82,6 +82,8 @@ def test_batch_statistics_are_a_mean_and_a_variance_for_each_scale_and_bias():
 
 def test_small_models_have_the_sizes_of_their_formulas():
     assert size(shapes(models.SmallCNN(), (28, 28, 1))[0]) == 166_406
+    single = 3 * 3 * 3 * 4 + 4 + 4096 * 10 + 10  # of CIFAR-10 images
+    assert size(shapes(models.SingleLayerCNN(), (32, 32, 3))[0]) == single
     digits = conv(4, 1, 16) + 16 + conv(4, 16, 32) + 32 + 4 * 32 * 100 + 100 + 100 * 10 + 10
     assert size(shapes(models.SmallCNN(), (8, 8, 1))[0]) == digits
     assert size(shapes(models.MLP((20, 30), 5), (8, 8, 1))[0]) == 65 * 20 + 21 * 30 + 31 * 5
@@ -101,6 +103,7 @@ NETWORKS = {
     "wide": models.WideResNet(10, 1, num_classes=5),
     "vgg": SMALL_VGG(),
     "cnn": models.SmallCNN(5, (4, 6), 7),
+    "one layer": models.SingleLayerCNN(5, 3),
     "mlp": models.MLP((6,), 5),
     "linear": models.Linear(5),
 }

@@ -2,6 +2,8 @@
 
 - ``evaluate``: ``benchmark``, ``BenchmarkResult``: one call, one record
 - ``auto_attack``: ``auto_attack``, ``ensemble``: the ensemble behind it
+- ``masking``: ``masking_report``, ``MaskingReport``: signs of gradient masking;
+  ``interpolation_losses``
 - ``flags``: ``Flag``: signs that an evaluation cannot be trusted
 - ``import_torch``: RobustBench-style PyTorch checkpoints as models of this library
 - ``chunks``, ``batches``: ``ChunkedAttack``, ``BatchedFunction``: attacks on whole data sets, on
@@ -20,6 +22,7 @@ from robustjax.benchmark.batches import BatchedFunction
 from robustjax.benchmark.chunks import ChunkedAttack
 from robustjax.benchmark.evaluate import BenchmarkResult, benchmark
 from robustjax.benchmark.flags import Flag
+from robustjax.benchmark.masking import MaskingReport, interpolation_losses, masking_report
 
 __all__ = [
     "AttackRecord",
@@ -28,8 +31,11 @@ __all__ = [
     "BenchmarkResult",
     "ChunkedAttack",
     "Flag",
+    "MaskingReport",
     "auto_attack",
     "benchmark",
     "ensemble",
     "import_torch",
+    "interpolation_losses",
+    "masking_report",
 ]

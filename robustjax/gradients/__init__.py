@@ -3,6 +3,7 @@
 - ``plain``: ``plain`` (the gradient of the mean loss), ``Oracle``
 - ``engm``: ``engm``, ``f_engm``, ``a_engm``, ``n_engm`` (examples weighted by the norms of their
   gradients), ``reweighted`` (by any rule)
+- ``free``: ``free``, ``FreeState`` (free adversarial training: perturbations in the state)
 - ``sharpness``: ``awp`` (adversarial weight perturbation around any of the others)
 - ``per_example``: ``ghost_norms``, ``vmap_norms``, ``vjp_norms``, ``input_gradient_norms``: norms
   of per-example gradients; ``gradient_probe`` measures them on a set
@@ -10,6 +11,7 @@
 """
 
 from robustjax.gradients.engm import AENGMState, a_engm, engm, f_engm, n_engm, reweighted
+from robustjax.gradients.free import FreeState, free
 from robustjax.gradients.ghost import layer_norms
 from robustjax.gradients.per_example import (
     GradientProbe,
@@ -25,6 +27,7 @@ from robustjax.gradients.sharpness import awp
 
 __all__ = [
     "AENGMState",
+    "FreeState",
     "GradientProbe",
     "NormRule",
     "Oracle",
@@ -32,6 +35,7 @@ __all__ = [
     "awp",
     "engm",
     "f_engm",
+    "free",
     "ghost_norms",
     "gradient_probe",
     "input_gradient_norms",

@@ -9,6 +9,9 @@
 - ``gradients``: ``gradient_moments``, ``correlation``, ``weight_error``,
   ``regressed_weight_error`` of per-example gradients;
   ``robust_overfitting``
+- ``overfitting``: ``catastrophic_overfitting``, ``early_stopping``: from the curves of a training
+- ``alignment``: ``gradient_alignment``, ``linearization_error``: how linear the loss is around an
+  example; ``input_gradient``, ``cosine``
 - ``landscape``: ``loss_plane`` around an example, and its ``curvature``
 - ``statistics``: ``bootstrap_mean`` over seeds
 - ``queries``: ``query_statistics``, ``common_query_statistics``, ``success_curve``: of black-box
@@ -16,6 +19,12 @@
 """
 
 from robustjax.metrics.accuracy import correct, cumulative_accuracy, instantaneous_accuracy
+from robustjax.metrics.alignment import (
+    cosine,
+    gradient_alignment,
+    input_gradient,
+    linearization_error,
+)
 from robustjax.metrics.gradients import (
     GradientMoments,
     correlation,
@@ -40,6 +49,7 @@ from robustjax.metrics.minimum_norm import (
     relative_perturbation,
     robust_accuracy_curve,
 )
+from robustjax.metrics.overfitting import catastrophic_overfitting, early_stopping
 from robustjax.metrics.queries import (
     QueryStatistics,
     common_query_statistics,
@@ -57,14 +67,20 @@ __all__ = [
     "binary_margin",
     "bisect_max_eps",
     "bootstrap_mean",
+    "catastrophic_overfitting",
     "common_query_statistics",
     "correct",
     "correlation",
+    "cosine",
     "cumulative_accuracy",
     "curvature",
+    "early_stopping",
+    "gradient_alignment",
     "gradient_moments",
+    "input_gradient",
     "instantaneous_accuracy",
     "linear_margin",
+    "linearization_error",
     "loss_plane",
     "max_eps",
     "minimum_norm_report",

@@ -2,7 +2,7 @@
 
 - ``adapters``: ``from_linen``, ``from_nnx``, ``from_function`` make a ``Model(init, apply)``;
   ``eval_logits`` closes it over parameters for an attack
-- ``small``: ``Linear``, ``MLP``, ``SmallCNN``
+- ``small``: ``Linear``, ``MLP``, ``SmallCNN``, ``SingleLayerCNN``
 - ``resnet``: ``ResNet`` and ``ResNet10``, ``18``, ``34``, ``50``; ``PreActResNet`` and
   ``PreActResNet18``
 - ``wide_resnet``: ``WideResNet``
@@ -40,7 +40,7 @@ from robustjax.models.resnet import (
     ResNet34,
     ResNet50,
 )
-from robustjax.models.small import MLP, Linear, SmallCNN
+from robustjax.models.small import MLP, Linear, SingleLayerCNN, SmallCNN
 from robustjax.models.vgg import VGG, VGG8
 from robustjax.models.wide_resnet import WideResNet
 
@@ -61,6 +61,7 @@ __all__ = [
     "ResNet18",
     "ResNet34",
     "ResNet50",
+    "SingleLayerCNN",
     "SmallCNN",
     "WideResNet",
     "canonical_conv",

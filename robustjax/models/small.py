@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -101,3 +102,41 @@ class SmallCNN(nn.Module):
         x = x.reshape(x.shape[0], -1)
         x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=he_fan_in, name="dense")(x)
         return classify(jax.nn.relu(x), self.num_classes)
+
+
+class SingleLayerCNN(nn.Module):
+    """One 3x3 convolution of stride 1 and padding 1 with ReLU, and a dense layer; no pooling.
+
+    Four filters are enough for catastrophic overfitting in single-step adversarial training.
+
+    Attributes:
+      num_classes: number of logits.
+      filters: of the convolution.
+      conv: ``"canonical"`` or ``"plain"``, see ``Conv``.
+      mean, std: input normalisation, per channel; see ``Normalize``.
+      dtype: dtype of the computation; parameters and logits are float32.
+      kernel_init: initialiser of both layers. How far training overfits depends on it.
+
+    Source: Andriushchenko and Flammarion (2020), "Understanding and improving fast adversarial
+    training", section 4.2. Padding and bias are those of their code.
+    """
+
+    num_classes: int = 10
+    filters: int = 4
+    conv: str = "canonical"
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    dtype: DTypeLike | None = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Float[Array, "n k"]:
+        """Logits of images ``x (n, h, w, c)``; ``train`` changes nothing."""
+        x = Normalize(self.mean, self.std)(x)
+        layer = Conv(
+            self.filters, kernel_size=3, padding=1, use_bias=True, conv=self.conv,
+            dtype=self.dtype, kernel_init=self.kernel_init, name="conv",
+        )  # fmt: skip
+        x = jax.nn.relu(layer(x))
+        head = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="head")
+        return head(x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32)))

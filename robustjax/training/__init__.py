@@ -6,7 +6,8 @@
 - ``checkpoint``: ``open_checkpoints``, ``save``, ``restore``
 - ``loop``: ``fit``, ``steps_per_dispatch``
 - ``report``, ``figures``: run folders, metrics, tables, progress, pictures
-- ``flops``: ``count_flops``; ``memory``: ``residual_bytes``, ``tree_bytes``
+- ``flops``: ``count_flops``; ``passes``: ``counted``, ``count_passes``
+- ``memory``: ``residual_bytes``, ``tree_bytes``
 """
 
 from robustjax.training import checkpoint, figures, report
@@ -14,14 +15,18 @@ from robustjax.training.evaluate import adversarial_panel, make_evaluator
 from robustjax.training.flops import count_flops
 from robustjax.training.loop import fit, steps_per_dispatch
 from robustjax.training.memory import residual_bytes, tree_bytes
+from robustjax.training.passes import Passes, count_passes, counted
 from robustjax.training.state import TrainState, create_state, parameter_count
 from robustjax.training.step import several_resident_steps, several_steps, train_step
 
 __all__ = [
+    "Passes",
     "TrainState",
     "adversarial_panel",
     "checkpoint",
     "count_flops",
+    "count_passes",
+    "counted",
     "create_state",
     "figures",
     "fit",
