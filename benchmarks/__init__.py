@@ -3,6 +3,7 @@
 - ``attacks``: the entry point for ``pgd``, ``training`` (both against PyTorch) and
   ``compilations`` (what XLA compiles in a training run)
 - ``outer_optimizers``: the entry point for the outer step of adversarial training
+- ``objectives``: the entry point for the cost of a step of every objective
 - ``timing``: times taken in turn, ratios, the machine; ``agreement``: that the work is the same
 - ``torch_peers``: the same work in PyTorch, which ``pip install robustjax[parity]`` installs
 

@@ -1,5 +1,6 @@
 """The benchmarks run, time in the order they say, and their peers compute what we compute."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import agreement, attacks, outer_optimizers, timing
+from benchmarks import objectives as objectives_benchmark
 from robustjax import losses, models
 from robustjax.benchmark import compilation
 
@@ -93,6 +95,19 @@ def test_a_quick_run_of_the_outer_optimizers(tmp_path, capsys):
     # The optimizers keep no more than MSGD does.
     assert run["memory"]["SNGM"]["arguments"] == run["memory"]["MSGD"]["arguments"]
     assert "F-ENGM" in capsys.readouterr().out
+
+
+def test_a_quick_run_of_the_objectives(tmp_path, capsys, monkeypatch):
+    names = ("standard", "FGSM", "FGSM + GradAlign")
+    chosen = {name: objectives_benchmark.OBJECTIVES[name] for name in names}
+    monkeypatch.setattr(objectives_benchmark, "OBJECTIVES", chosen)
+    quick = objectives_benchmark.PRESETS["quick"]
+    out = tmp_path / "objectives.json"
+    results = objectives_benchmark.main(dataclasses.replace(quick, out=str(out)))
+    assert json.loads(out.read_text())["passes"] == results["passes"]
+    assert results["passes"]["FGSM"] == {"forward": 2, "backward": 2, "tangent": 0}
+    assert results["ratios"]["standard / standard"]["median"] == 1
+    assert "aim 2.5" in capsys.readouterr().out
 
 
 def test_a_method_with_an_interval_counts_as_its_mean_step():

@@ -401,6 +401,18 @@ def test_random_numbers_follow_the_example_not_its_place():
     np.testing.assert_allclose(loss_fn(PARAMS, {}, KEY, part)[0], whole[2:5], rtol=1e-5)
 
 
+def test_another_radius_or_weight_is_no_other_program():
+    @jax.jit
+    def mean_loss(params, eps, weight):
+        threat = ThreatModel(LInf(), eps)
+        objective = penalized(madry(fgsm(threat)), grad_align(eps), weight=weight)
+        return objective(MODEL.apply)(params, {}, KEY, BATCH)[0].mean()
+
+    values = [mean_loss(PARAMS, *pair) for pair in ((0.1, 0.0), (0.1, 0.5), (0.2, 0.5))]
+    assert len({float(value) for value in values}) == 3
+    assert mean_loss._cache_size() == 1
+
+
 COMPOSED = {
     "GradAlign": penalized(madry(fgsm(THREAT)), grad_align(0.1), weight=0.2),
     "SOAR": penalized(madry(evaluation_point(THREAT)[0]), soar(0.05), at="adversarial"),

@@ -3,12 +3,24 @@
 - ``clipped_gradients``: variance and convergence with bounded gradients; ``clip``,
   ``clipped_variance``, ``variance_bound``; ``descent_bound``, ``best_learning_rate``,
   ``simulate_descent``
+- ``linear_regression``: training that leaves a model open to attack, its exact adversarial penalty,
+  noise as a penalty, augmented and self-trained estimators
+- ``logistic_regression``: the surrogates of the attacked loss, and when they vanish
 - ``random_search``: ``random_search``, its rate ``gradient_norm_bound`` with the constants of
   ``sphere_constants`` and ``multiple_constants``, the samplers ``sample_single``,
   ``sample_multiple`` and ``sample_sphere`` of its steps
+- ``single_step``: fast adversarial training; ``random_start_rms`` (lemma 1), ``alignment_bounds``
+  and ``random_network_alignment`` (lemma 2) with ``network_input_gradient``,
+  ``single_filter_alignment``, ``activation_bound``, ``grad_align_weight``
 - ``squares``: why squares; ``max_windows``, ``count_windows``, ``mean_response``
+- ``trust_region``: ``quadratic_maximum`` over a ball and what SOAR bounds it by,
+  ``augmented_hessian``, ``augmented_bound``, ``expected_product_norm``
+
+The two regressions are used by their modules, ``theory.linear_regression.risk``; all other names
+are here too.
 """
 
+from robustjax.theory import linear_regression, logistic_regression
 from robustjax.theory.clipped_gradients import (
     DescentTrace,
     best_learning_rate,
@@ -30,27 +42,59 @@ from robustjax.theory.random_search import (
     sample_sphere,
     sphere_constants,
 )
+from robustjax.theory.single_step import (
+    AlignmentBounds,
+    activation_bound,
+    alignment_bounds,
+    grad_align_weight,
+    network_input_gradient,
+    random_network_alignment,
+    random_start_rms,
+    single_filter_alignment,
+)
 from robustjax.theory.squares import count_windows, max_windows, mean_response
+from robustjax.theory.trust_region import (
+    QuadraticMaximum,
+    augmented_bound,
+    augmented_hessian,
+    expected_product_norm,
+    quadratic_maximum,
+)
 
 __all__ = [
+    "AlignmentBounds",
     "DescentTrace",
+    "QuadraticMaximum",
     "SearchConstants",
     "SearchTrace",
+    "activation_bound",
+    "alignment_bounds",
+    "augmented_bound",
+    "augmented_hessian",
     "best_learning_rate",
     "clip",
     "clipped_variance",
     "correlation_bounds",
     "count_windows",
     "descent_bound",
+    "expected_product_norm",
+    "grad_align_weight",
     "gradient_norm_bound",
+    "linear_regression",
+    "logistic_regression",
     "max_windows",
     "mean_response",
     "multiple_constants",
+    "network_input_gradient",
+    "quadratic_maximum",
+    "random_network_alignment",
     "random_search",
+    "random_start_rms",
     "sample_multiple",
     "sample_single",
     "sample_sphere",
     "simulate_descent",
+    "single_filter_alignment",
     "sphere_constants",
     "variance_bound",
 ]
