@@ -32,7 +32,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from experiments import choices, command_line, fast_figures, side_by_side
+from experiments import choices, command_line, fast_figures, noisy_digits, side_by_side
 from experiments.claims import Claim, check_claims, print_claims
 from experiments.command_line import setting
 from robustjax import attacks, checks, data, losses, metrics, models, norms, objectives, training
@@ -141,23 +141,6 @@ class Runs(NamedTuple):
     filter_norm: Float[np.ndarray, "runs t filters"]
 
 
-@functools.lru_cache
-def load_task(train_size: int, test_size: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Digits for training and for the test, in one random order of all of them."""
-    parts = [data.load("digits", split) for split in ("train", "validation", "test")]
-    image, label = (np.concatenate([getattr(part, name) for part in parts])
-                    for name in ("image", "label"))  # fmt: skip
-    checks.integer("train_size + test_size", train_size + test_size, at_most=len(label))
-    order = np.random.RandomState(0).permutation(len(label))
-
-    def arrays(chosen):
-        return {"image": jnp.asarray(data.as_float(image[chosen])),
-                "label": jnp.asarray(label[chosen]),
-                "index": jnp.arange(len(chosen), dtype=jnp.int32)}  # fmt: skip
-
-    return arrays(order[:train_size]), arrays(order[train_size : train_size + test_size])
-
-
 def train(settings: Settings, method: str, eps: Any, weight: Any = 0.0, seeds: Any = None) -> Runs:
     """Runs of one method, made once for every set of arguments."""
     seeds = tuple(range(settings.seeds)) if seeds is None else seeds
@@ -166,13 +149,18 @@ def train(settings: Settings, method: str, eps: Any, weight: Any = 0.0, seeds: A
 
 
 @functools.lru_cache
+def _task(train_size: int, test_size: int) -> noisy_digits.Task:
+    return noisy_digits.load_task(noise=0.0, train_size=train_size, test_size=test_size)
+
+
+@functools.lru_cache
 def _train(recipe: Recipe, knobs: Knobs, train_size: int, test_size: int) -> Runs:
     knobs = Knobs(np.asarray(knobs.seed, np.int32),
                   *(np.asarray(value, np.float32) for value in knobs[1:]))  # fmt: skip
-    return Runs(*side_by_side.run(_run, recipe, knobs, load_task(train_size, test_size)))
+    return Runs(*side_by_side.run(_run, recipe, knobs, _task(train_size, test_size)))
 
 
-def _run(recipe: Recipe, knobs: Knobs, task: tuple[dict, dict]) -> tuple[Array, ...]:
+def _run(recipe: Recipe, knobs: Knobs, task: noisy_digits.Task) -> tuple[Array, ...]:
     train_set, test_set = task
     n = train_set["label"].shape[0]
     model = models.from_linen(models.SingleLayerCNN(filters=recipe.filters))
@@ -192,7 +180,9 @@ def _run(recipe: Recipe, knobs: Knobs, task: tuple[dict, dict]) -> tuple[Array, 
 
     def one_epoch(state, epoch):
         order = data.epoch_batches(order_key, epoch, n, recipe.batch_size)
-        return training.several_resident_steps(step, _take)(state, train_set, order)[0], None
+        return training.several_resident_steps(step, side_by_side.take)(state, train_set, order)[
+            0
+        ], None
 
     def evaluate(params):
         logits_fn = models.eval_logits(model.apply, params, model_state)
@@ -221,10 +211,6 @@ def _run(recipe: Recipe, knobs: Knobs, task: tuple[dict, dict]) -> tuple[Array, 
 
     epochs = jnp.arange(recipe.epochs).reshape(recipe.evaluations, -1)
     return jax.lax.scan(period, state, epochs)[1]
-
-
-def _take(arrays, indices):
-    return {**jax.tree.map(lambda x: x[indices], arrays), "index": indices}
 
 
 COLUMNS = ("clean %", "FGSM %", "PGD-50 %", "of each seed", "alignment", "PGD-50 % stopped early")

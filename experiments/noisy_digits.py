@@ -208,7 +208,7 @@ def _run(recipe: Recipe, knobs: Knobs, task: Task) -> tuple[Array, ...]:
 
     def one_epoch(state, epoch):
         order = data.epoch_batches(order_key, epoch, n, recipe.batch_size)
-        return training.several_resident_steps(step, _take)(state, task.train, order)
+        return training.several_resident_steps(step, side_by_side.take)(state, task.train, order)
 
     def period(state, epochs):
         state, trace = jax.lax.scan(one_epoch, state, epochs)
@@ -236,7 +236,3 @@ def _run(recipe: Recipe, knobs: Knobs, task: Task) -> tuple[Array, ...]:
     epochs = jnp.arange(recipe.epochs).reshape(-1, recipe.evaluate_every)
     state, curves = jax.lax.scan(period, state, epochs)
     return *curves, state.params
-
-
-def _take(arrays, indices):
-    return {**jax.tree.map(lambda x: x[indices], arrays), "index": indices}

@@ -49,3 +49,8 @@ def _program(fn: Callable, recipe: Any, mesh: jax.sharding.Mesh) -> Callable:
         in_specs=(parallel.SPLIT, parallel.REPLICATED),
         out_specs=parallel.SPLIT,
     )
+
+
+def take(arrays: Any, indices: Any) -> dict[str, Any]:
+    """A batch of examples held on the device, for ``training.several_resident_steps``."""
+    return {**jax.tree.map(lambda x: x[indices], arrays), "index": indices}

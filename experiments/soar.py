@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from experiments import command_line, fast_adversarial_training, side_by_side
+from experiments import command_line, noisy_digits, side_by_side
 from experiments.claims import Claim, check_claims, print_claims
 from experiments.command_line import setting
 from robustjax import attacks, checks, data, losses, metrics, models, norms, objectives, training
@@ -133,12 +133,14 @@ def _objective(method: str, threat: ThreatModel) -> objectives.Objective:
 @functools.lru_cache
 def train(settings: Settings, method: str) -> Runs:
     """Runs of one method over all seeds, made once."""
-    task = fast_adversarial_training.load_task(settings.train_size, settings.test_size)
+    task = noisy_digits.load_task(
+        noise=0.0, train_size=settings.train_size, test_size=settings.test_size
+    )
     knobs = Knobs(np.arange(settings.seeds, dtype=np.int32), np.float32(settings.eps))
     return Runs(*side_by_side.run(_run, Recipe(method, settings.epochs), knobs, task))
 
 
-def _run(recipe: Recipe, knobs: Knobs, task: tuple[dict, dict]) -> tuple[Array, ...]:
+def _run(recipe: Recipe, knobs: Knobs, task: noisy_digits.Task) -> tuple[Array, ...]:
     train_set, test_set = task
     threat = ThreatModel(norms.LInf(), knobs.eps)
     key, other, test_key = jax.random.split(jax.random.key(knobs.seed), 3)
@@ -161,7 +163,9 @@ def _run(recipe: Recipe, knobs: Knobs, task: tuple[dict, dict]) -> tuple[Array, 
 
         def one_epoch(state, epoch):
             order = data.epoch_batches(order_key, epoch, n, recipe.batch_size)
-            return training.several_resident_steps(step, _take)(state, train_set, order)[0], None
+            return training.several_resident_steps(step, side_by_side.take)(
+                state, train_set, order
+            )[0], None
 
         return jax.lax.scan(one_epoch, state, jnp.arange(recipe.epochs))[0].params
 
@@ -172,10 +176,6 @@ def _run(recipe: Recipe, knobs: Knobs, task: tuple[dict, dict]) -> tuple[Array, 
         tune_key = jax.random.fold_in(key, 1)
         params = trained(tune_key, _objective(recipe.method, threat), 0.004, params)
     return _evaluate(recipe, threat, params, source, test_key, test_set)
-
-
-def _take(arrays, indices):
-    return {**jax.tree.map(lambda x: x[indices], arrays), "index": indices}
 
 
 def _evaluate(recipe, threat, params, source, key, test_set) -> tuple[Array, ...]:

@@ -3,6 +3,7 @@
 * ``steepest``: steepest descent in a norm (gradient descent, signGD, coordinate descent).
 * ``normalized``: momentum SGD, and with the gradient of the batch clipped or normalised.
 * ``per_example``: momentum SGD with the gradient of each example clipped or normalised (ENGM).
+* ``step_policies``: step sizes that follow the loss.
 * ``adaptive``: Adam, RMSProp and signGD as one family.
 """
 
@@ -19,6 +20,7 @@ from robustjax.optim.per_example import (
     scale_alpha,
 )
 from robustjax.optim.steepest import scale_by_steepest, sign_gd, steepest_descent
+from robustjax.optim.step_policies import scale_by_loss_bound
 
 __all__ = [
     "clip_per_example",
@@ -33,6 +35,7 @@ __all__ = [
     "normalize_per_example",
     "scale_alpha",
     "scale_by_adaptive_family",
+    "scale_by_loss_bound",
     "scale_by_steepest",
     "sign_gd",
     "sngm",
