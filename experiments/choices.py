@@ -86,6 +86,8 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "wrn28": _wide(28),
     "wrn34": _wide(34),
     "vgg8": _residual(models.VGG8),
+    "cnn6": _residual(models.CNN6),
+    "cnn8": _residual(models.CNN8),
 }
 
 ATTACKS = ("fgsm", "fgsm_rs", "pgd", "pgd_corner")
@@ -160,6 +162,7 @@ PENALTIES: Mapping[str, Callable[[ThreatModel], objectives.Penalty]] = {
     "grad_align": lambda threat: objectives.grad_align(threat.eps, norm=threat.norm),
     "gradient": lambda threat: objectives.gradient_penalty(),
     "cure": lambda threat: objectives.cure(threat.eps),
+    "llr": lambda threat: objectives.local_linearity(threat.eps, norm=threat.norm),
     "foar": lambda threat: objectives.first_order(threat.eps, norm=threat.norm),
     "soar": lambda threat: objectives.soar(threat.eps),
 }

@@ -38,6 +38,21 @@ def test_vgg8_has_the_size_of_its_formula():
     assert params["stage3_conv2"]["kernel"].shape == (3, 3, 256, 256)
 
 
+@pytest.mark.parametrize(
+    "module, channels",
+    [
+        (models.CNN6(), (3, 64, 64, 128, 128, 196, 196)),
+        (models.CNN8(), (3, 64, 64, 128, 128, 196, 196, 256, 256)),
+    ],
+)
+def test_plain_networks_have_the_sizes_of_their_formulas(module, channels):
+    convolutions = sum(9 * a * b + b for a, b in itertools.pairwise(channels))
+    side = 32 // 2 ** (len(channels) // 2)
+    dense = (side**2 * channels[-1] + 1) * 256 + 257 * 10
+    params, state = shapes(module)
+    assert size(params) == convolutions + dense and not jax.tree.leaves(state)
+
+
 def test_width_scales_all_layers():
     params, _ = shapes(models.VGG8(width=4, num_classes=5), (8, 8, 1))
     kernels = {name: p["kernel"].shape[-1] for name, p in params.items() if "kernel" in p}

@@ -6,11 +6,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from robustjax import models, training
 from robustjax.attacks import fgsm, gaussian_start, pgd
-from robustjax.gradients import a_engm, awp, engm, ghost_norms, vmap_norms
+from robustjax.gradients import a_engm, awp, clip_penalty, engm, ghost_norms, vmap_norms
 from robustjax.losses import cross_entropy
 from robustjax.metrics.alignment import (
     cosine,
@@ -27,6 +28,7 @@ from robustjax.objectives import (
     first_order,
     grad_align,
     gradient_penalty,
+    local_linearity,
     logit_squeezing,
     madry,
     penalized,
@@ -124,6 +126,7 @@ PENALTIES = {
     "soar clipped": soar(0.1, clip=0.5),
     "cure": cure(0.1),
     "cure unit": cure(0.1, point="unit"),
+    "local_linearity": local_linearity(0.1, slope_weight=0.5),
     "logit_squeezing": logit_squeezing(),
     "clean_logit_pairing": clean_logit_pairing(),
 }
@@ -142,7 +145,9 @@ def test_derivatives_for_the_parameters_are_those_of_finite_differences(name):
 
     slope = jax.grad(mean)(0.0)
     assert np.isfinite(slope) and mean(0.0) >= 0
-    if name in ("grad_align", "grad_align fgsm", "grad_align l2", "cure", "cure unit"):
+    if name in (
+        "grad_align", "grad_align fgsm", "grad_align l2", "cure", "cure unit", "local_linearity"
+    ):  # fmt: skip
         return  # constants inside: tested below
     numeric = (mean(1e-2) - mean(-1e-2)) / 2e-2
     np.testing.assert_allclose(slope, numeric, rtol=3e-2, atol=2e-3)
@@ -340,6 +345,49 @@ def test_cure_of_a_quadratic_is_the_curvature_along_the_step():
     np.testing.assert_allclose(cure(0.1, loss=first_logit)(linear, KEY, X, Y), 0, atol=1e-9)
 
 
+def test_local_linearity_of_a_quadratic_is_its_largest_curvature_term():
+    """``max |d^T A d| / 2`` over the box, at two corners for a positive A; 0 for linear losses."""
+    definite = jnp.eye(D) + jnp.ones((D, D))
+
+    def logits_fn(x):
+        value = jnp.einsum("ni,ij,nj->n", x, definite, x) / 2
+        return jnp.stack([value, value], axis=-1)
+
+    corners = 0.1 * np.array(list(itertools.product((-1, 1), repeat=D)))
+    largest = np.einsum("ci,ij,cj->c", corners, definite, corners).max() / 2
+    got = local_linearity(0.1, steps=20, loss=first_logit)(logits_fn, KEY, X, Y)
+    assert got.max() <= largest * (1 + 1e-3)
+    np.testing.assert_allclose(got.max(), largest, rtol=1e-2)
+    weight = local_linearity(0.1, steps=1, slope_weight=2.0, loss=first_logit)
+    flat = local_linearity(0.1, steps=1, loss=first_logit)(linear, KEY, X, Y)
+    np.testing.assert_allclose(flat, 0, atol=1e-6)
+    slope = weight(linear, KEY, X, Y)  # 2 |<d, g>| at a point of the ball
+    assert (slope > 0).all() and (slope <= 2 * 0.1 * jnp.abs(MATRIX[0]).sum() + 1e-5).all()
+
+
+def test_the_gradient_of_the_penalty_is_clipped_on_its_own():
+    objective = penalized(standard(), gradient_penalty(), weight=3.0)
+    loss_fn = objective(MODEL.apply)
+
+    def gradient(fn):
+        return jax.jit(jax.grad(fn))(PARAMS)
+
+    of_base = gradient(lambda p: standard()(MODEL.apply)(p, {}, KEY, BATCH)[0].mean())
+    of_penalty = gradient(lambda p: loss_fn(p, {}, KEY, BATCH)[1][1]["penalty"].mean())
+    size = float(optax.tree.norm(of_penalty))
+    for max_norm in (size / 4, 2 * size):
+        grad_fn = clip_penalty(max_norm).oracle(loss_fn)
+        got = jax.jit(lambda p, f=grad_fn: f(p, {}, (), KEY, BATCH)[0])(PARAMS)
+        factor = min(max_norm / size, 1)
+        jax.tree.map(
+            lambda a, b, c, f=factor: np.testing.assert_allclose(
+                c, a + f * b, rtol=1e-3, atol=1e-5),
+            of_base, of_penalty, got,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="penalty"):
+        clip_penalty().oracle(standard()(MODEL.apply))(PARAMS, {}, (), KEY, BATCH)
+
+
 def test_logit_penalties():
     logits_fn = functools.partial(smooth, PARAMS)
     z = np.asarray(logits_fn(X))
@@ -364,7 +412,7 @@ def test_penalized_is_the_base_and_the_weighted_penalty_where_it_is_told():
         expected, _ = base(PARAMS, {}, KEY, BATCH)
         attacked = base.inner(PARAMS, {}, KEY, BATCH)
         added = gradient_penalty()(functools.partial(smooth, PARAMS), KEY, attacked[at], Y)
-        np.testing.assert_allclose(metrics["penalty"], added, rtol=1e-5)
+        np.testing.assert_allclose(metrics["penalty"], weight * added, rtol=1e-5)
         np.testing.assert_allclose(losses, expected + weight * added, rtol=1e-5)
         np.testing.assert_array_equal(metrics["loss"], losses)
     nothing = penalized(standard(), soar(0.1), weight=0.0)(MODEL.apply)
@@ -469,6 +517,8 @@ def test_ghost_norms_refuse_layers_under_a_derivative(plain_calls):
         (lambda: penalized(standard(), "soar"), "penalty must be a function, got 'soar'"),
         (lambda: evaluation_point(THREAT, "pgd2"), "start must be one of"),
         (lambda: cure(0.1, point="random"), "point must be one of"),
+        (lambda: local_linearity(0.1, steps=0), "steps must be >= 1, got 0"),
+        (lambda: clip_penalty(0), "max_norm must be > 0, got 0"),
     ],
 )
 def test_refusals(make, message, plain_calls):

@@ -41,10 +41,12 @@ from robustjax.models.resnet import (
     ResNet50,
 )
 from robustjax.models.small import MLP, Linear, SingleLayerCNN, SmallCNN
-from robustjax.models.vgg import VGG, VGG8
+from robustjax.models.vgg import CNN6, CNN8, VGG, VGG8
 from robustjax.models.wide_resnet import WideResNet
 
 __all__ = [
+    "CNN6",
+    "CNN8",
     "MLP",
     "VGG",
     "VGG8",

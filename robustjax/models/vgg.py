@@ -92,3 +92,11 @@ def _max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n p q c"]:
 # "Revisiting outer optimization in adversarial training", do not say what their VGG-8 is; this is
 # one reading of the name.
 VGG8 = partial(VGG, stages=((1, 1), (2, 2), (4, 4)), dense=(4,))
+
+# The plain networks of Ma (2025), "Understanding adversarial robustness in deep learning", table
+# 3.10, six and eight convolutions of 64, 128, 196 (and 256) channels without normalisation; their
+# layout is that of the public code for the six, and continued for the eight.
+CNN6 = partial(VGG, stages=((16, 16), (32, 32), (49, 49)), dense=(64,), width=4, norm="none")
+CNN8 = partial(
+    VGG, stages=((16, 16), (32, 32), (49, 49), (64, 64)), dense=(64,), width=4, norm="none"
+)

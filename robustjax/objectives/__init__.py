@@ -7,8 +7,8 @@ batch is ``{"image": (n, ...), "label": (n,), "index": (n,)}`` and metrics are p
 - ``adversarial``: ``madry``, ``trades``, ``trades_attack``, ``mart``
 - ``stages``: ``Stages``, ``stages``, ``outer_only``: inner maximisation and outer loss apart
 - ``regularized``: ``penalized`` (any objective plus a penalty), ``grad_align``, ``soar``,
-  ``first_order`` (FOAR), ``gradient_penalty``, ``cure``, ``logit_squeezing``,
-  ``clean_logit_pairing``; ``evaluation_point``, ``augmented_hessian_product``
+  ``first_order`` (FOAR), ``gradient_penalty``, ``cure``, ``local_linearity`` (LLR),
+  ``logit_squeezing``, ``clean_logit_pairing``; ``evaluation_point``, ``augmented_hessian_product``
 - ``scheduled``: ``scheduled`` (settings that change with the step)
 """
 
@@ -22,6 +22,7 @@ from robustjax.objectives.regularized import (
     first_order,
     grad_align,
     gradient_penalty,
+    local_linearity,
     logit_squeezing,
     penalized,
     soar,
@@ -43,6 +44,7 @@ __all__ = [
     "first_order",
     "grad_align",
     "gradient_penalty",
+    "local_linearity",
     "logit_squeezing",
     "madry",
     "mart",

@@ -15,6 +15,7 @@ penalty                  per example, with ``g(x) = grad_x l(x, y)``
 ``soar``                 ``(d eps^2 + 1) / 2 ||H z||_2``, H the augmented Hessian
 ``grad_align``           ``1 - cos(g(x), g(x + eta))``
 ``cure``                 ``||g(x + d) - g(x)||_2^2``
+``local_linearity``      ``max_d |l(x + d) - l(x) - <d, g(x)>|``                (LLR)
 ``logit_squeezing``      ``||z(x)||_2^2``
 ``clean_logit_pairing``  ``||z(x_i) - z(x_j)||_2^2`` for random pairs
 =======================  ===========================================================
@@ -51,8 +52,8 @@ def penalized(
       at: ``"image"`` or ``"adversarial"``: which inputs of the batch the penalty is taken at.
 
     Returns:
-      An objective that reports what ``base`` does, with ``loss`` the sum and ``penalty`` without
-      its weight.
+      An objective that reports what ``base`` does, with ``loss`` the sum and ``penalty`` its
+      weighted part.
     """
     checks.function("base", base)
     checks.function("penalty", penalty)
@@ -72,8 +73,8 @@ def penalized(
             # The attack has fold_in(key, 0), the model fold_in(key, 1).
             example_keys = keys.per_example(jax.random.fold_in(key, 2), batch["index"])
             added = penalty(logits_fn, example_keys, batch[at], batch["label"])
-            checks.per_example("penalty", added, losses.shape[0])
-            losses = losses + weight * added
+            added = weight * checks.per_example("penalty", added, losses.shape[0])
+            losses = losses + added
             return losses, (new_state, {**metrics, "loss": losses, "penalty": added})
 
         return Stages(parts.inner, outer)
@@ -335,6 +336,53 @@ def cure(eps: ArrayLike, *, point: str = "fgsm", loss: Callable = cross_entropy)
             direction = L2().steepest(direction, batch_ndim=1)
         change = input_gradient(logits_fn, x + eps * direction, y, loss) - gradient
         return jnp.sum(change**2, axis=range(1, x.ndim))
+
+    return penalty
+
+
+def local_linearity(
+    eps: ArrayLike,
+    *,
+    norm: Norm | None = None,
+    steps: int = 2,
+    slope_weight: ArrayLike = 0.0,
+    loss: Callable = cross_entropy,
+) -> Penalty:
+    """LLR: ``gamma = |l(x + d) - l(x) - <d, g(x)>|`` at the worst ``d``, and ``|<d, g(x)>|`` there.
+
+    ``d`` is found by steepest ascent on gamma from a uniform start, with steps of ``2 eps / steps``
+    projected on the ball, and held constant.
+
+    Args:
+      eps: radius of the ball, ``>= 0``; it may be traced.
+      norm: of the ball; default ``LInf()``.
+      steps: of the search, ``>= 1``; 2 for the published LLR-2.
+      slope_weight: mu / lambda, the weight of ``|<d, g>|`` relative to gamma, ``>= 0``.
+      loss: ``loss(logits, y) -> (n,)``.
+
+    Source: Qin et al. (2019), "Adversarial robustness through local linearization", equation (8).
+    Their search uses Adam.
+    """
+    checks.number("eps", eps, at_least=0)
+    checks.integer("steps", steps, at_least=1)
+    checks.number("slope_weight", slope_weight, at_least=0)
+    norm = LInf() if norm is None else norms.check(norm)
+
+    def penalty(logits_fn, key, x, y):
+        def violation(d):
+            """Gamma and the slope of each example, both differentiable for the parameters."""
+            value, slope = jax.jvp(lambda x: loss(logits_fn(x), y), (x,), (d,))
+            return jnp.abs(loss(logits_fn(x + d), y) - value - slope), jnp.abs(slope)
+
+        def ascend(d, _):
+            g = jax.grad(lambda d: violation(d)[0].sum())(d)
+            d = d + 2 * eps / steps * norm.steepest(g, batch_ndim=1)
+            return norm.project(d, eps, batch_ndim=1), None
+
+        start = _in_ball(norm, keys.as_per_example(key, x.shape[0]), x, eps)
+        worst, _ = jax.lax.scan(ascend, start, length=steps)
+        gamma, slope = violation(jax.lax.stop_gradient(worst))
+        return gamma + slope_weight * slope
 
     return penalty
 
