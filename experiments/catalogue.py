@@ -142,7 +142,7 @@ CATALOGUE = (
           "part: digits in place of CIFAR-10", (f"{SOAR} --study=samples",)),
     Entry(SECOND_ORDER, "Tables 3.4, 3.9, 3.10", "AutoAttack members, l_2, capacity", "no"),
     Entry(SECOND_ORDER, "Table 3.5", "forward and backward passes",
-          "part: counted by robustjax.training.count_passes, see its tests"),
+          "part: without the times of the paper's GPU", ("python -m benchmarks.objectives",)),
     Entry(SQUARE, "Figs. 3.1, 3.4, 3.6", "success rate over queries",
           "part: Square and SimBA, on CIFAR-10 and digits",
           (f"{STUDY} --study=curves", f"{STUDY} --preset=paper --study=curves")),

@@ -42,8 +42,8 @@ from experiments import (
     square_figures,
     square_studies,
     trained_models,
-    training_run,
 )
+from experiments.dry_run import dry_run as dry_run_of_training
 from experiments.square_jobs import PRESETS, ROLES, Job, Settings, jobs_of
 from experiments.training_settings import Settings as TrainingSettings
 from robustjax import checks, data, models, training
@@ -303,7 +303,7 @@ def dry_run(settings: Settings) -> None:
     for role in ROLES:
         own = settings.training(role)
         if own is not None:
-            training_run.dry_run(own)
+            dry_run_of_training(own)
         elif (Path(getattr(settings, role)) / report.CONFIG).exists():
             own = trained_models.read_settings(getattr(settings, role))
         else:

@@ -43,7 +43,7 @@ def test_flags_override_the_preset():
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("--objective=foo", "standard, madry, trades, got 'foo'"),
+        ("--objective=foo", "standard, madry, trades, mart, got 'foo'"),
         ("--objective=", "at least one of standard"),
         ("--model=vgg", "small_cnn"),
         ("--epoch=3", "unknown flag --epoch, did you mean --epochs"),
