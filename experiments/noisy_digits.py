@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from experiments import side_by_side
+from experiments import choices, side_by_side
 from robustjax import (
     attacks,
     checks,
@@ -24,16 +24,12 @@ from robustjax import (
     losses,
     metrics,
     models,
-    norms,
-    objectives,
-    optim,
     training,
 )
 from robustjax.threat import ThreatModel
 
 MODEL = models.from_linen(models.MLP((256, 256), num_classes=10))
 MOMENTUM = 0.9
-NORMS = {"linf": norms.LInf(), "l2": norms.L2()}
 METHODS = ("msgd", "mgnc", "sngm", "f_engm", "n_engm", "a_engm", "engm")
 OBJECTIVES = ("standard", "madry", "trades", "mart", "trades_awp")
 
@@ -90,7 +86,7 @@ class Recipe:
     def __post_init__(self):
         checks.choice("method", self.method, METHODS)
         checks.choice("objective", self.objective, OBJECTIVES)
-        checks.choice("norm", self.norm, NORMS)
+        checks.choice("norm", self.norm, choices.NORMS)
         for name in ("epochs", "batch_size", "evaluate_every"):
             checks.integer(name, getattr(self, name), at_least=1)
         checks.divisible("epochs", self.epochs, "evaluate_every", self.evaluate_every)
@@ -157,22 +153,21 @@ def train(recipe: Recipe, knobs: Knobs, task: Task) -> Runs:
 
 def build(recipe: Recipe, knobs: Knobs, total_steps: int) -> tuple[Any, ...]:
     """The parts of a run: objective, oracle, optimizer; the knobs may be traced."""
-    threat = ThreatModel(NORMS[recipe.norm], knobs.eps)
-    pgd = attacks.pgd(threat, steps=recipe.attack_steps, step_size=threat.eps / 4)
-    inner = attacks.pgd(
-        threat,
-        steps=recipe.attack_steps,
-        step_size=threat.eps / 4,
-        loss=losses.kl_divergence,
-        start=attacks.gaussian_start(0.001),
+    threat = ThreatModel(choices.NORMS[recipe.norm], knobs.eps)
+    size = threat.eps / 4
+    attack = choices.make_attack(
+        "pgd", threat, steps=recipe.attack_steps, step_size=size, start="uniform"
     )
-    objective = {
-        "standard": lambda: objectives.standard(),
-        "madry": lambda: objectives.madry(pgd),
-        "trades": lambda: objectives.trades(inner, beta=knobs.beta),
-        "trades_awp": lambda: objectives.trades(inner, beta=knobs.beta),
-        "mart": lambda: objectives.mart(pgd, beta=knobs.beta),
-    }[recipe.objective]()
+    objective = choices.make_objective(
+        recipe.objective.removesuffix("_awp"),
+        threat,
+        attack,
+        steps=recipe.attack_steps,
+        step_size=size,
+        beta=knobs.beta,
+        attack_mode="eval",
+    )
+    # Norms of the whole batch at once: it is small.
     oracle = {
         "f_engm": lambda: gradients.f_engm(knobs.alpha),
         "n_engm": lambda: gradients.n_engm(knobs.alpha_naive),
@@ -184,12 +179,13 @@ def build(recipe: Recipe, knobs: Knobs, total_steps: int) -> tuple[Any, ...]:
     schedule = optax.piecewise_constant_schedule(
         1.0, {int(0.6 * total_steps): 0.1, int(0.8 * total_steps): 0.1}
     )
-    rate = {"learning_rate": lambda step: knobs.learning_rate * schedule(step),
-            "momentum": MOMENTUM, "weight_decay": knobs.weight_decay}  # fmt: skip
-    optimizer = {
-        "mgnc": lambda: optim.mgnc(max_norm=knobs.max_norm, **rate),
-        "sngm": lambda: optim.sngm(**rate),
-    }.get(recipe.method, lambda: optim.msgd(**rate))()
+    optimizer = choices.make_optimizer(
+        recipe.method if recipe.method in ("mgnc", "sngm") else "sgd",
+        lambda step: knobs.learning_rate * schedule(step),
+        momentum=MOMENTUM,
+        weight_decay=knobs.weight_decay,
+        max_norm=knobs.max_norm,
+    )
     return objective, oracle, optimizer
 
 
@@ -203,7 +199,7 @@ def _run(recipe: Recipe, knobs: Knobs, task: Task) -> tuple[Array, ...]:
     params, model_state = MODEL.init(init_key, task.train["image"][:1])
     state = training.create_state(params, model_state, optimizer, run_key, oracle=oracle)
     loss_fn = objective(MODEL.apply)
-    threat = ThreatModel(NORMS[recipe.norm], knobs.eps)
+    threat = ThreatModel(choices.NORMS[recipe.norm], knobs.eps)
     judge = attacks.pgd(threat, steps=20, step_size=threat.eps / 10, loss=losses.margin)
 
     def one_epoch(state, epoch):

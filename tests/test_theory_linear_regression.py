@@ -28,7 +28,7 @@ def expectation(loss):
     return sum(p * loss(x) for x, p in zip(inputs, CHANCES, strict=True))
 
 
-def close(got, expected, rtol=1e-12):
+def assert_close(got, expected, rtol=1e-12):
     np.testing.assert_allclose(got, expected, rtol=rtol, atol=1e-15)
 
 
@@ -39,18 +39,18 @@ def test_gradient_descent_is_its_closed_form(ridge):
 
     gradient = jax.jit(jax.grad(objective))
     w = jnp.asarray(W)
-    close(objective(w) - ridge * w @ w / 2, lr.risk(POPULATION, w))
+    assert_close(objective(w) - ridge * w @ w / 2, lr.risk(POPULATION, w))
     for t in range(6):
         closed = lr.gradient_descent(
             POPULATION, jnp.asarray(W), steps=t, learning_rate=0.4, ridge=ridge
         )
-        close(closed, w)
+        assert_close(closed, w)
         w = w - 0.4 * gradient(w)
     limit = lr.gradient_descent(
         POPULATION, jnp.asarray(W), steps=math.inf, learning_rate=0.4, ridge=ridge
     )
     if ridge:
-        close(limit, lr.ridge_minimizer(POPULATION, ridge, D))
+        assert_close(limit, lr.ridge_minimizer(POPULATION, ridge, D))
         assert np.abs(gradient(limit)).max() < 1e-15
     else:  # unused weights are those of the initialisation, bit by bit
         np.testing.assert_array_equal(w[1:], W[1:])
@@ -62,7 +62,7 @@ def test_gradient_descent_is_its_closed_form(ridge):
 def test_the_trained_model_is_attacked_through_unused_weights():
     limit = lr.gradient_descent(POPULATION, jnp.asarray(W), steps=math.inf, learning_rate=0.4)
     damage = EPS**2 * np.abs(W[1:]).sum() ** 2 / 2
-    close(lr.robust_risk(POPULATION, limit, EPS), damage)
+    assert_close(lr.robust_risk(POPULATION, limit, EPS), damage)
     for cure in (
         lr.ridge_minimizer(POPULATION, 0.1, D),
         lr.lasso_minimizer(POPULATION, 0.1, D),
@@ -104,11 +104,11 @@ def test_the_exact_penalty_is_the_loss_at_the_attacked_inputs():
     for seen in (None, frozen):
         delta = lr.irrelevant_attack(w if seen is None else seen, EPS)
         attacked = expectation(lambda x: ((x + delta) @ (w - TARGET)) ** 2 / 2)  # noqa: B023
-        close(lr.robust_risk(POPULATION, w, EPS, seen=seen), attacked)
+        assert_close(lr.robust_risk(POPULATION, w, EPS, seen=seen), attacked)
     unused = np.abs(W[1:]).sum()
     residual = (W[0] - 1.3) * POPULATION.mean
     printed = lr.risk(POPULATION, w) + EPS * residual * unused + EPS**2 * unused**2 / 2
-    close(lr.robust_risk(POPULATION, w, EPS), printed)
+    assert_close(lr.robust_risk(POPULATION, w, EPS), printed)
     assert abs(lr.robust_risk(POPULATION, w, EPS, seen=frozen) - printed) > 0.01
 
 
@@ -116,7 +116,7 @@ def test_the_slope_of_the_exact_penalty_is_zero_at_zero_weights():
     w = jnp.asarray(np.where(np.arange(D) == 2, 0, W))
     slope = jax.jit(jax.grad(lambda w: lr.robust_risk(POPULATION, w, EPS)))(w)
     pull = EPS * (W[0] - 1.3) * POPULATION.mean + EPS**2 * np.abs(w[1:]).sum()
-    close(slope[1:], pull * np.sign(w[1:]))
+    assert_close(slope[1:], pull * np.sign(w[1:]))
 
 
 @pytest.mark.parametrize("target_moves", [True, False])
@@ -128,11 +128,11 @@ def test_taylor_terms_are_the_derivatives_and_their_sum_is_exact(target_moves):
         return (z @ w - (z if target_moves else x) @ target) ** 2 / 2
 
     terms = lr.taylor_terms(w, target, x, delta, target_moves=target_moves)
-    close(terms.value, loss(x))
+    assert_close(terms.value, loss(x))
     gradient, hessian = jax.jit(lambda x: (jax.grad(loss)(x), jax.hessian(loss)(x)))(x)
-    close(terms.first, gradient @ delta)
-    close(terms.second, delta @ hessian @ delta / 2)
-    close(sum(terms), loss(x + delta))
+    assert_close(terms.first, gradient @ delta)
+    assert_close(terms.second, delta @ hessian @ delta / 2)
+    assert_close(sum(terms), loss(x + delta))
 
 
 def test_the_second_order_recovers_the_penalty_and_the_first_misses_its_square():
@@ -142,8 +142,8 @@ def test_the_second_order_recovers_the_penalty_and_the_first_misses_its_square()
         terms = functools.partial(lr.taylor_terms, w, target, delta=delta, target_moves=moves)
         value, first, second = expectation(lambda x: np.array(terms(x)))  # noqa: B023
         robust = lr.robust_risk(POPULATION, w, EPS)
-        close(value + first + second, robust)
-        close(robust - value - first, EPS**2 * np.abs(W[1:]).sum() ** 2 / 2)
+        assert_close(value + first + second, robust)
+        assert_close(robust - value - first, EPS**2 * np.abs(W[1:]).sum() ** 2 / 2)
 
 
 @pytest.mark.parametrize("norm", [LInf(), L2()], ids=lambda norm: norm.name)
@@ -152,13 +152,13 @@ def test_worst_case_of_a_held_target(norm):
     y, residual = 0.4, W @ np.asarray(x) - 0.4
     delta = EPS * norm.steepest(residual * w)
     worst = lr.worst_case_loss(w, x, y, EPS, norm)
-    close(worst, ((x + delta) @ w - y) ** 2 / 2)
+    assert_close(worst, ((x + delta) @ w - y) ** 2 / 2)
     others = np.random.default_rng(3).normal(size=(500, D))
     others *= EPS / np.asarray(norm.value(jnp.asarray(others), batch_ndim=1))[:, None]
     assert np.all((residual + others @ W) ** 2 / 2 <= worst + 1e-12)
     length = np.linalg.norm(W, 1 if norm.name == "linf" else 2)
     first_order = residual**2 / 2 + EPS * abs(residual) * length
-    close(worst - first_order, EPS**2 * length**2 / 2)
+    assert_close(worst - first_order, EPS**2 * length**2 / 2)
 
 
 def test_noise_on_the_input_is_a_penalty_on_the_weights():
@@ -166,7 +166,7 @@ def test_noise_on_the_input_is_a_penalty_on_the_weights():
     nodes, weights = np.polynomial.hermite_e.hermegauss(3)  # exact for cubic polynomials
     shifts = scale * np.linalg.norm(W) * nodes  # <w, xi> is N(0, scale^2 ||w||^2)
     expected = weights @ (W @ x + shifts - y) ** 2 / 2 / weights.sum()
-    close(lr.noisy_loss(jnp.asarray(W), jnp.asarray(x), y, scale), expected)
+    assert_close(lr.noisy_loss(jnp.asarray(W), jnp.asarray(x), y, scale), expected)
     noise = scale * np.random.default_rng(5).normal(size=(200_000, D))
     losses = (W @ x - y + noise @ W) ** 2 / 2
     assert abs(losses.mean() - expected) < 4 * losses.std() / math.sqrt(len(losses))
@@ -182,10 +182,10 @@ def random_problem(seed, d=6):
 def test_minimum_norm_interpolates_and_is_shortest():
     x, _, target, _ = random_problem(0)
     w = lr.minimum_norm(x, x @ target)
-    close(x @ w, x @ target)
+    assert_close(x @ w, x @ target)
     orthogonal = np.linalg.svd(x)[2][2:]
     np.testing.assert_allclose(orthogonal @ w, 0, atol=1e-14)
-    close(w, np.linalg.lstsq(x, x @ target)[0], rtol=1e-10)
+    assert_close(w, np.linalg.lstsq(x, x @ target)[0], rtol=1e-10)
 
 
 def test_augmentation_may_hurt_and_self_training_may_not():
@@ -200,14 +200,14 @@ def test_augmentation_may_hurt_and_self_training_may_not():
             lr.standard_error(w, target, covariance) for w in (standard, augmented)
         )
         change = gain(x, added, target, covariance)
-        close(change, error - error_augmented, rtol=1e-9)
+        assert_close(change, error - error_augmented, rtol=1e-9)
         signs.add(np.sign(change).item())
         assert gain(x, added, target, jnp.eye(6)) >= 0
 
         trained = lr.robust_self_training(x, x @ target, added, added @ target, covariance)
-        close(both @ trained, both @ target, rtol=1e-9)
+        assert_close(both @ trained, both @ target, rtol=1e-9)
         moved = (trained - standard) @ covariance @ (trained - standard)
-        close(lr.standard_error(trained, target, covariance), error - moved, rtol=1e-8)
+        assert_close(lr.standard_error(trained, target, covariance), error - moved, rtol=1e-8)
     assert signs == {-1, 1}
 
 
@@ -215,15 +215,15 @@ def test_augmentation_hurts_in_three_dimensions():
     x, added = jnp.array([[0.0, 0, 1]]), jnp.array([[1.0, 1, 0]])
     target, covariance = jnp.array([2.0, 0, 0]), jnp.diag(jnp.array([1.0, 4, 1]))
     # Errors: of (0, 0, 0) it is 4, of (1, 1, 0) it is 1 + 4.
-    close(lr.augmentation_gain(x, added, target, covariance), -1)
+    assert_close(lr.augmentation_gain(x, added, target, covariance), -1)
     trained = lr.robust_self_training(x, x @ target, added, added @ target, covariance)
     # On the line (a, 2 - a, 0) the nearest to 0 in Sigma minimises a^2 + 4 (2 - a)^2.
-    close(trained, [1.6, 0.4, 0], rtol=1e-10)
+    assert_close(trained, [1.6, 0.4, 0], rtol=1e-10)
     # A covariance that does not see the third coordinate leaves it at the augmented estimate.
     flat = lr.robust_self_training(
         x, x @ target, added, added @ target, covariance.at[2, 2].set(0.0)
     )
-    close(flat, [1.6, 0.4, 0], rtol=1e-10)
+    assert_close(flat, [1.6, 0.4, 0], rtol=1e-10)
 
 
 @pytest.mark.parametrize(

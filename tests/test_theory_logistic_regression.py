@@ -28,27 +28,27 @@ def _double_precision():
         yield
 
 
-def close(got, expected, rtol=1e-12, atol=1e-15):
+def assert_close(got, expected, rtol=1e-12, atol=1e-15):
     np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol)
 
 
 def test_golden_numbers():
     w, x = jnp.asarray(GOLDEN_W), jnp.asarray(GOLDEN_X)
     at = logistic.expansion(w, x, 1)
-    close((at.residual, at.curvature), (-0.5, 0.25))
-    close(at.loss, math.log(2))
-    close(logistic.first_order_maximum(w, x, 1, 0.1), 0.843147, rtol=1e-6)
-    close(logistic.second_order_maximum(w, x, 1, 0.1), 0.854397, rtol=1e-6)
-    close(logistic.worst_case(w, x, 1, 0.1), math.log1p(math.exp(0.3)))
-    close(logistic.worst_case(w, x, 1, 0.1), 0.854355, rtol=1e-6)
-    close(logistic.frobenius_bound(w, x, 1, 0.1), 1.340647, rtol=1e-6)
-    close(logistic.augmented_frobenius(w, x, 1), 2.25)
-    close(logistic.reduced_determinant(w, x, 1), 0)
+    assert_close((at.residual, at.curvature), (-0.5, 0.25))
+    assert_close(at.loss, math.log(2))
+    assert_close(logistic.first_order_maximum(w, x, 1, 0.1), 0.843147, rtol=1e-6)
+    assert_close(logistic.second_order_maximum(w, x, 1, 0.1), 0.854397, rtol=1e-6)
+    assert_close(logistic.worst_case(w, x, 1, 0.1), math.log1p(math.exp(0.3)))
+    assert_close(logistic.worst_case(w, x, 1, 0.1), 0.854355, rtol=1e-6)
+    assert_close(logistic.frobenius_bound(w, x, 1, 0.1), 1.340647, rtol=1e-6)
+    assert_close(logistic.augmented_frobenius(w, x, 1), 2.25)
+    assert_close(logistic.reduced_determinant(w, x, 1), 0)
     h = augmented_hessian(at.gradient, at.hessian)
-    close(h @ [0.3, -0.7, 0.2], [0.325, -0.65, -0.65])
-    close(np.linalg.norm(h, 2), 2.25)  # rank one
-    close(expected_product_norm(h), 2.25 * math.sqrt(2 / math.pi), rtol=1e-8)
-    close(expected_product_norm(h), 1.79524, rtol=1e-5)
+    assert_close(h @ [0.3, -0.7, 0.2], [0.325, -0.65, -0.65])
+    assert_close(np.linalg.norm(h, 2), 2.25)  # rank one
+    assert_close(expected_product_norm(h), 2.25 * math.sqrt(2 / math.pi), rtol=1e-8)
+    assert_close(expected_product_norm(h), 1.79524, rtol=1e-5)
 
 
 @jax.jit
@@ -64,12 +64,12 @@ def test_expansion_holds_the_derivatives(w, x, y):
     w, x = jnp.asarray(w, jnp.float64), jnp.asarray(x, jnp.float64)
     at = logistic.expansion(w, x, y)
     f = 1 / (1 + np.exp(-(w @ x)))
-    close(at.loss, -math.log(f if y else 1 - f), rtol=1e-9)
-    close(at.residual, f - y, rtol=1e-9)
-    close(at.curvature, abs(at.residual) * (1 - abs(at.residual)), rtol=1e-9)
+    assert_close(at.loss, -math.log(f if y else 1 - f), rtol=1e-9)
+    assert_close(at.residual, f - y, rtol=1e-9)
+    assert_close(at.curvature, abs(at.residual) * (1 - abs(at.residual)), rtol=1e-9)
     gradient, hessian = derivatives(w, x, y)
-    close(at.gradient, gradient, rtol=1e-9)
-    close(at.hessian, hessian, rtol=1e-9)
+    assert_close(at.gradient, gradient, rtol=1e-9)
+    assert_close(at.hessian, hessian, rtol=1e-9)
 
 
 @pytest.mark.parametrize("w, x, y", EXAMPLES)
@@ -77,18 +77,18 @@ def test_the_augmented_hessian_in_closed_form(w, x, y):
     w, x = jnp.asarray(w, jnp.float64), jnp.asarray(x, jnp.float64)
     at = logistic.expansion(w, x, y)
     h = augmented_hessian(at.gradient, at.hessian)
-    close(logistic.augmented_frobenius(w, x, y), np.linalg.norm(h))
+    assert_close(logistic.augmented_frobenius(w, x, y), np.linalg.norm(h))
     plane = np.zeros((4, 2))
     plane[:3, 0], plane[3, 1] = w / np.linalg.norm(w), 1
-    close(plane @ plane.T @ h, h)
+    assert_close(plane @ plane.T @ h, h)
     determinant = logistic.reduced_determinant(w, x, y)
-    close(determinant, np.linalg.det(plane.T @ h @ plane), rtol=1e-9)
+    assert_close(determinant, np.linalg.det(plane.T @ h @ plane), rtol=1e-9)
     f = 1 / (1 + math.exp(-(w @ x)))
     if y == 1:
-        close(determinant, w @ w * (1 - f) * (2 * f - 1), rtol=1e-9)
+        assert_close(determinant, w @ w * (1 - f) * (2 * f - 1), rtol=1e-9)
     assert np.sign(determinant) == np.sign((2 * y - 1) * (w @ x))
     gap = logistic.frobenius_bound(w, x, y, 0.1) - at.loss
-    close(gap, augmented_bound(at.gradient, at.hessian, math.sqrt(3) * 0.1))
+    assert_close(gap, augmented_bound(at.gradient, at.hessian, math.sqrt(3) * 0.1))
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
@@ -107,14 +107,14 @@ def test_maxima_are_those_of_brute_force(w, x, y, norm):
     first = at.loss + at.residual * along
     second = first + at.curvature * along**2 / 2
     true = np.logaddexp(0, -(2 * y - 1) * (w @ x + along))
-    close(logistic.first_order_maximum(w, x, y, eps, norm), first.max())
-    close(logistic.second_order_maximum(w, x, y, eps, norm), second.max())
-    close(logistic.worst_case(w, x, y, eps, norm), true.max())
+    assert_close(logistic.first_order_maximum(w, x, y, eps, norm), first.max())
+    assert_close(logistic.second_order_maximum(w, x, y, eps, norm), second.max())
+    assert_close(logistic.worst_case(w, x, y, eps, norm), true.max())
     assert first.max() <= true.max()  # the loss is convex
     assert second.max() <= logistic.frobenius_bound(w, x, y, eps)
     if norm == L2():
         found = quadratic_maximum(at.gradient, at.hessian, eps)
-        close(at.loss + found.value, second.max())
+        assert_close(at.loss + found.value, second.max())
 
 
 def test_the_regulariser_vanishes_with_confidence_but_the_attack_does_not():
@@ -122,12 +122,13 @@ def test_the_regulariser_vanishes_with_confidence_but_the_attack_does_not():
     at = logistic.expansion(w, x, 1)
     assert 0 < -at.residual < 1e-170 and 0 < at.curvature < 1e-170
     assert abs(logistic.second_order_maximum(w, x, 1, eps)) < 1e-160
-    close(logistic.frobenius_bound(w, x, 1, eps), 2 * eps**2 / 2)
+    assert_close(logistic.frobenius_bound(w, x, 1, eps), 2 * eps**2 / 2)
     h = augmented_hessian(at.gradient, at.hessian)
-    close(expected_product_norm(h), math.sqrt(2 / math.pi), rtol=1e-8)  # the floor of the estimate
+    # The floor of the estimate.
+    assert_close(expected_product_norm(h), math.sqrt(2 / math.pi), rtol=1e-8)
     for scale in (1, 2):  # the closest wrong point is at 10
-        close(logistic.second_order_maximum(scale * w, x, 1, 10.5), 0)
-        close(logistic.worst_case(scale * w, x, 1, 10.5), scale * 20, rtol=1e-9)
+        assert_close(logistic.second_order_maximum(scale * w, x, 1, 10.5), 0)
+        assert_close(logistic.worst_case(scale * w, x, 1, 10.5), scale * 20, rtol=1e-9)
 
 
 def test_single_precision_stays_and_nothing_is_nan():
@@ -137,8 +138,8 @@ def test_single_precision_stays_and_nothing_is_nan():
     )
     value, slope = value_and_slope(0 * w)
     assert value.dtype == slope.dtype == jnp.float32
-    close(value, math.log(2), rtol=1e-6)
-    close(slope, -x / 2, rtol=1e-6)  # that of the loss: the norm has slope 0 at 0
+    assert_close(value, math.log(2), rtol=1e-6)
+    assert_close(slope, -x / 2, rtol=1e-6)  # that of the loss: the norm has slope 0 at 0
 
 
 # The exact maximum of a quadratic in a ball
@@ -157,10 +158,10 @@ def certified(g, k, radius):
     assert np.linalg.norm(found.point) <= radius * (1 + 1e-12)
     assert found.multiplier >= max(0, np.linalg.eigvalsh(k)[-1]) - 1e-12 * scale
     residual = found.multiplier * found.point - k @ found.point - g
-    close(residual, 0, atol=1e-11 * scale * radius)
+    assert_close(residual, 0, atol=1e-11 * scale * radius)
     slack = radius - np.linalg.norm(found.point)
     assert abs(found.multiplier * slack) <= 1e-11 * scale * radius
-    close(found.value, g @ found.point + found.point @ k @ found.point / 2, rtol=1e-10)
+    assert_close(found.value, g @ found.point + found.point @ k @ found.point / 2, rtol=1e-10)
     return found
 
 
@@ -207,7 +208,7 @@ def test_trust_region_corner_cases(g, k, value):
     if value is None:
         assert found.value <= on_circle.max() + 1e-8
     else:
-        close(found.value, value, rtol=1e-10)
+        assert_close(found.value, value, rtol=1e-10)
 
 
 def test_the_ball_around_the_cube_and_the_corners():
@@ -222,7 +223,7 @@ def test_the_ball_around_the_cube_and_the_corners():
         delta = corners[seed]
         lifted = np.append(delta, 1)
         surrogate = lifted @ augmented_hessian(g, k) @ lifted / 2 - 1 / 2
-        close(surrogate, g @ delta + delta @ k @ delta / 2, atol=1e-12)
+        assert_close(surrogate, g @ delta + delta @ k @ delta / 2, atol=1e-12)
 
 
 def test_the_published_bound_fails_for_a_flat_loss():
@@ -241,7 +242,7 @@ def test_expected_product_norm_is_that_of_random_vectors():
     assert abs(lengths.mean() - exact) < 4 * lengths.std() / math.sqrt(len(lengths))
     # The mean length of a normal vector in closed form.
     chi = math.sqrt(2) * math.exp(math.lgamma(3) - math.lgamma(2.5))
-    close(expected_product_norm(2 * np.eye(5)), 2 * chi, rtol=1e-8)
+    assert_close(expected_product_norm(2 * np.eye(5)), 2 * chi, rtol=1e-8)
     assert expected_product_norm(np.zeros((2, 2))) == 0
 
 

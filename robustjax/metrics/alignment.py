@@ -18,7 +18,14 @@ from robustjax.norms import L2
 def input_gradient(
     logits_fn: Callable, x: Array, y: Array, loss: Callable = cross_entropy
 ) -> Float[Array, "n ..."]:
-    """``d loss_i / d x_i`` of each example's loss, from the derivative of their sum."""
+    """``d loss_i / d x_i`` of each example's loss, from the derivative of their sum.
+
+    Args:
+      logits_fn: ``(n, ...) -> (n, K)``.
+      x: inputs ``(n, ...)``.
+      y: labels, or whatever ``loss`` takes.
+      loss: ``loss(logits, y) -> (n,)``.
+    """
     return jax.grad(lambda x: loss(logits_fn(x), y).sum())(x)
 
 
@@ -26,6 +33,9 @@ def cosine(a: Float[Array, "n ..."], b: Float[Array, "n ..."]) -> Float[Array, "
     """Cosine of the angle between ``a_i`` and ``b_i``, in ``[-1, 1]``; 1 where one of them is zero.
 
     The value at zero is that of Andriushchenko and Flammarion's code; the derivative there is zero.
+
+    Raises:
+      ValueError: the shapes differ.
     """
     checks.same_shape("b", b, "a", a)
     norm = L2()

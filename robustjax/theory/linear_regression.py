@@ -262,6 +262,15 @@ def noisy_loss(
 
     Noise ``xi ~ N(0, scale^2 I)`` on the input is a Tikhonov penalty on the weights.
 
+    Args:
+      w: weights ``(d,)``.
+      x: input ``(d,)``.
+      y: target.
+      scale: standard deviation of the noise, ``>= 0``.
+
+    Raises:
+      ValueError: ``scale < 0``.
+
     Source: Bishop (1995).
     """
     checks.number("scale", scale, at_least=0)
@@ -272,6 +281,12 @@ def minimum_norm(x: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, 
     """``argmin {||w||_2 : x w = y}``; the least squares solution where there is none.
 
     Standard training is this on the data, augmented training on the data and what was added.
+
+    Args:
+      x: data ``(n, d)``.
+      y: targets ``(n,)``.
+
+    Source: Raghunathan et al. (2020); Ma (2025), equation (2.8).
     """
     return jnp.linalg.pinv(x) @ y
 
@@ -279,7 +294,15 @@ def minimum_norm(x: Float[Array, "n d"], y: Float[Array, " n"]) -> Float[Array, 
 def standard_error(
     w: Float[Array, " d"], target: Float[Array, " d"], covariance: Float[Array, "d d"]
 ) -> Float[Array, ""]:
-    """``(w - w*)^T Sigma (w - w*)`` with ``Sigma = E[X X^T]``."""
+    """``(w - w*)^T Sigma (w - w*)``: the population's squared error with noiseless targets.
+
+    Args:
+      w: weights ``(d,)``.
+      target: ``w*``, ``(d,)``.
+      covariance: ``Sigma = E[X X^T]``, ``(d, d)``.
+
+    Source: Raghunathan et al. (2020).
+    """
     return (w - target) @ covariance @ (w - target)
 
 

@@ -26,6 +26,7 @@ import scipy.special
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from robustjax import checks, keys
+from robustjax.norms import L2
 
 
 def random_start_rms(
@@ -185,9 +186,8 @@ def _random_alignment(
         noise = 2 * place - 1
         a = network_input_gradient(w, u, z)
         b = network_input_gradient(w, u, z + eps * noise)
-        squares = jnp.vdot(a, a) * jnp.vdot(b, b)
-        cosine = jnp.vdot(a, b) / jnp.sqrt(jnp.where(squares > 0, squares, 1))
-        return jnp.where(squares > 0, cosine, 1)
+        defined = (L2().value(a) > 0) & (L2().value(b) > 0)
+        return jnp.where(defined, jnp.vdot(L2().steepest(a), L2().steepest(b)), 1)
 
     # One after the other: memory does not grow with the number of samples.
     return jax.lax.map(one, keys.per_example(key, jnp.arange(samples)))
