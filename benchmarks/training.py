@@ -40,7 +40,7 @@ def measure(
       ValueError: the networks or the losses in training do not agree.
     """
     train = data.load(settings.dataset, "train")
-    parts = training_run.build(settings, "madry", len(train), train.num_classes)
+    parts = training_run.build(settings, "madry", training_run.facts_of(settings, train))
     dispatch = training.steps_per_dispatch(parts.steps_per_epoch, settings.dispatch)
     steps = dispatches * dispatch
     x = jnp.asarray(data.as_float(train.image[:8]))

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from experiments import command_line
+from experiments import command_line, trained_models
 from experiments.dry_run import dry_run
-from experiments.training_run import build, load_split, run_objective
+from experiments.training_run import build, facts_of, load_split, run_objective, squared
 from experiments.training_settings import NOT_OF_THE_RUN, Settings
 from robustjax import checks
 from robustjax.training import report
@@ -79,16 +80,26 @@ def train(settings: Settings) -> dict[str, Any]:
     config = dataclasses.asdict(settings)
     for name in NOT_OF_THE_RUN:
         del config[name]
-    splits = {split: load_split(settings, split) for split in ("train", "validation", "test")}
+    splits = {split: load_split(settings, split) for split in ("train", "test")}
+    if settings.selection == "train":
+        shown = np.arange(min(256, len(splits["train"])))
+        splits["validation"] = splits["train"].subset(shown)
+    else:
+        splits["validation"] = load_split(settings, "validation")
+    for split in ("validation", "test"):
+        splits[split] = squared(settings, splits[split])
+    start = None
+    if settings.start_from is not None:
+        start = trained_models.variables(settings.start_from, data_dir=settings.data_dir)
     for objective in settings.objective:
-        build(settings, objective, len(splits["train"]), splits["train"].num_classes)
+        build(settings, objective, facts_of(settings, splits["train"]))
     workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
     results = {}
     for objective in settings.objective:
         own = report.open_workdir(
             workdir / objective, {**config, "objective": [objective]}, resume=settings.resume
         )
-        results[objective] = run_objective(settings, objective, splits, own)
+        results[objective] = run_objective(settings, objective, splits, own, start)
     if report.is_writer():
         report.write_json(workdir / "results.json", results)
     return results

@@ -16,14 +16,8 @@ from experiments.command_line import setting
 from robustjax.training import report
 
 TRAINING = "python -m experiments.adversarial_training"
-# The recipe of Andriushchenko & Flammarion (2020): 30 epochs, triangular learning rate, no random
-# start.
-FAST = f"{TRAINING} --preset=paper --epochs=30 --schedule=cyclic --learning_rate=0.3 "
-FAST += "--attack_start=zero --attack_mode=train"
-
-ALIGNED = "--attack=fgsm --attack_step_size=8/255 --penalty=grad_align"
 SOAR = "python -m experiments.soar"
-FAST_STUDY = "python -m experiments.fast_adversarial_training"
+FAST = "python -m experiments.fast_adversarial_training"
 
 OUTER = "Dabouei et al. 2022, Revisiting outer optimization in adversarial training"
 FAST_AT = "Andriushchenko 2024, Understanding generalization and robustness, ch. 2 (fast training)"
@@ -49,6 +43,16 @@ class Entry(NamedTuple):
     content: str
     status: str  # "yes", "part: ..." or "no"
     commands: tuple[str, ...] = ()
+
+
+def fast(study: str) -> tuple[str, str]:
+    """Small and published runs of a study of fast adversarial training."""
+    return f"{FAST} --study={study}", f"{FAST} --preset=paper --study={study}"
+
+
+def soar(study: str) -> tuple[str, str]:
+    """Small and published runs of a study of SOAR."""
+    return f"{SOAR} --study={study}", f"{SOAR} --preset=paper --study={study}"
 
 
 CATALOGUE = (
@@ -87,62 +91,63 @@ CATALOGUE = (
     Entry(OUTER, "Theorem 2", "descent with gradient noise of infinite variance", "yes",
           (f"{ENGM} --study=convergence",)),
     Entry(OUTER, "all", "everything at small size: noisy digits, claim by claim", "yes", (ENGM,)),
-    Entry(FAST_AT, "Fig. 2.1", "robust accuracy of fast methods over eps, CIFAR-10 and SVHN",
-          "part: FGSM, FGSM-RS, PGD-2, PGD-10 at one eps per run",
-          (f"{FAST} --attack=fgsm --attack_step_size=8/255 --workdir=runs/fast/fgsm",
-           f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs",
-           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
-           f"{FAST} --attack_step_size=1.6/255 --workdir=runs/fast/pgd10")),
-    Entry(FAST_AT, "Table 2.1", "FGSM with a reduced step against FGSM-RS",
-          "part: without early stopping",
-          (f"{FAST} --attack=fgsm --attack_step_size=7/255 --workdir=runs/fast/fgsm_reduced",
-           f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs")),
+    Entry(FAST_AT, "Figs. 2.1, 2.8, 2.14", "robust accuracy of fast methods over eps, CIFAR-10 and "
+          "SVHN, with and without early stopping", "yes", fast("eps")),
+    Entry(FAST_AT, "Fig. 2.2", "norm of FGSM with a random start (Lemma 1)", "yes",
+          (f"{FAST} --study=start",)),
+    Entry(FAST_AT, "Table 2.1", "FGSM with a reduced step against FGSM-RS", "yes",
+          fast("reduced_step")),
+    Entry(FAST_AT, "Fig. 2.3", "FGSM with smaller steps at larger radii",
+          "part: PGD-50-10 at 8/255 in the paper preset",
+          (f"{FAST} --study=reduced_step", f"{FAST} --preset=paper --study=steps")),
     Entry(FAST_AT, "Sec. 2.4", "PGD-10 with perturbations pushed to the corners", "yes",
-          (f"{FAST} --attack=pgd_corner --attack_step_size=1.6/255 --workdir=runs/fast/corner",)),
-    Entry(FAST_AT, "Table 2.3", "PGD-2 with and without random start",
-          "part: one seed per run",
-          (f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
-           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --attack_start=uniform "
-           "--workdir=runs/fast/pgd2_rs",
-           f"{FAST} --attack_steps=2 --attack_step_size=8/255 --attack_start=uniform "
-           "--workdir=runs/fast/pgd2_rs_full")),
-    Entry(FAST_AT, "Table 2.4", "fast adversarial training on CIFAR-10 at 8/255 and 16/255",
-          "part: without free training; 8/255, one seed per run",
-          (f"{FAST} --attack=fgsm --attack_step_size=8/255 --workdir=runs/fast/fgsm",
-           f"{FAST} {ALIGNED} --penalty_weight=0.2 --workdir=runs/fast/grad_align",
-           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --penalty=grad_align "
-           "--penalty_weight=0.1 --workdir=runs/fast/pgd2_grad_align",
-           f"{FAST} --attack=fgsm_rs --attack_step_size=10/255 --workdir=runs/fast/fgsm_rs",
-           f"{FAST} --attack_steps=2 --attack_step_size=4/255 --workdir=runs/fast/pgd2",
-           f"{FAST} --attack_step_size=1.6/255 --workdir=runs/fast/pgd10")),
-    Entry(FAST_AT, "Table 2.5", "fast adversarial training on SVHN at 8/255 and 12/255",
-          "part: PGD-10 and FGSM + GradAlign at 8/255, one seed per run",
-          (f"{FAST} {ALIGNED} --penalty_weight=2.5 --dataset=svhn_cropped --epochs=15 "
-           "--learning_rate=0.05 --eps_warmup=5 --workdir=runs/fast/svhn_grad_align",
-           f"{FAST} --dataset=svhn_cropped --epochs=15 --learning_rate=0.05 --eps_warmup=5 "
-           "--attack_step_size=1.6/255 --workdir=runs/fast/svhn_pgd10",)),
-    Entry(FAST_AT, "Table 2.7", "FGSM + GradAlign at 24/255 and 32/255", "part: one seed per run",
-          (f"{FAST} --attack=fgsm --penalty=grad_align --penalty_weight=2.0 --learning_rate=0.1 "
-           "--eps=24/255 --attack_step_size=24/255 --workdir=runs/fast/eps24",
-           f"{FAST} --attack=fgsm --penalty=grad_align --penalty_weight=2.0 --learning_rate=0.1 "
-           "--eps=32/255 --attack_step_size=32/255 --workdir=runs/fast/eps32")),
-    Entry(FAST_AT, "Table 2.8", "FGSM with gradient penalty, CURE, GradAlign",
-          "part: 8/255, one seed per run",
-          (f"{FAST} --attack=fgsm --attack_step_size=8/255 --penalty=gradient "
-           "--penalty_weight=1000 --workdir=runs/fast/gradient_penalty",
-           f"{FAST} --attack=fgsm --attack_step_size=8/255 --penalty=cure --penalty_weight=700 "
-           "--workdir=runs/fast/cure",
-           f"{FAST} {ALIGNED} --penalty_weight=0.2 --workdir=runs/fast/grad_align")),
-    Entry(FAST_AT, "Figs. 2.5, 2.6, 2.11, 2.15", "catastrophic overfitting of a single-layer CNN, "
-          "and what prevents it", "part: digits in place of CIFAR-10", (FAST_STUDY,)),
-    Entry(SECOND_ORDER, "Tables 3.1, 3.2, 3.3, 3.7, 3.8", "confidence, white-box and transferred "
-          "accuracy of FOAR and SOAR, by evaluation point", "part: digits in place of CIFAR-10",
-          (f"{SOAR} --study=methods",)),
-    Entry(SECOND_ORDER, "Table 3.6", "the loss over the number of vectors z",
-          "part: digits in place of CIFAR-10", (f"{SOAR} --study=samples",)),
-    Entry(SECOND_ORDER, "Tables 3.4, 3.9, 3.10", "AutoAttack members, l_2, capacity", "no"),
+          (f"{FAST} --study=methods", f"{FAST} --preset=paper --study=corners")),
+    Entry(FAST_AT, "Fig. 2.4", "training curves: accuracies, losses, gradient alignment", "yes",
+          fast("curves")),
+    Entry(FAST_AT, "Figs. 2.5, 2.6, 2.7, 2.12, 2.13", "filters and feature maps of a single-layer "
+          "CNN", "yes", (f"{FAST} --study=filters,feature_maps",
+           f"{FAST} --preset=paper --study=filters,feature_maps")),
+    Entry(FAST_AT, "Fig. 2.11", "catastrophic overfitting of a single-layer CNN", "yes",
+          (f"{FAST} --study=curves", f"{FAST} --preset=paper --study=single_layer")),
+    Entry(FAST_AT, "Fig. 2.9", "gradient alignment at initialisation (Lemma 2)", "yes",
+          (f"{FAST} --study=initialization",)),
+    Entry(FAST_AT, "Fig. 2.10", "quality of the linear approximation",
+          "part: digits in place of CIFAR-10", (f"{FAST} --study=linearization",)),
+    Entry(FAST_AT, "Table 2.2", "the weight of GradAlign over eps", "yes", fast("eps")),
+    Entry(FAST_AT, "Table 2.3", "PGD-2 with and without random start", "yes",
+          (f"{FAST} --study=methods", f"{FAST} --preset=paper --study=pgd2")),
+    Entry(FAST_AT, "Tables 2.4, 2.5", "fast adversarial training on CIFAR-10 at 8/255 and 16/255, "
+          "on SVHN at 8/255 and 12/255", "part: without the quoted rows (YOPO, LLR-2)",
+          fast("methods")),
+    Entry(FAST_AT, "Table 2.6", "ImageNet, ResNet-50, 2/255 to 6/255", "yes",
+          (f"{FAST} --preset=paper --study=imagenet",)),
+    Entry(FAST_AT, "Table 2.7", "FGSM + GradAlign at 24/255 and 32/255", "yes",
+          fast("large_eps")),
+    Entry(FAST_AT, "Table 2.8", "FGSM with gradient penalty, CURE, GradAlign", "yes",
+          fast("penalties")),
+    Entry(FAST_AT, "Fig. 2.15", "the weight of GradAlign", "yes", fast("weight")),
+    Entry(FAST_AT, "Fig. 2.16", "GradAlign over the number of epochs", "yes", fast("epochs")),
+    Entry(FAST_AT, "Sec. 2.11.5", "GradAlign at FGSM points; GradAlign and CURE without attack",
+          "yes", fast("variants")),
+    Entry(SECOND_ORDER, "Sec. 3.2", "linear regression in more dimensions than the data", "yes",
+          (f"{SOAR} --study=linear",)),
+    Entry(SECOND_ORDER, "Tables 3.1, F", "confidence and other signs of masked gradients", "yes",
+          soar("masking")),
+    Entry(SECOND_ORDER, "Table 3.2", "accuracy under white-box attacks", "yes", soar("methods")),
+    Entry(SECOND_ORDER, "Table 3.3", "transferred examples and SimBA", "yes", soar("transfer")),
+    Entry(SECOND_ORDER, "Table 3.4", "the members of AutoAttack, each on its own", "yes",
+          soar("autoattack")),
     Entry(SECOND_ORDER, "Table 3.5", "forward and backward passes",
-          "part: without the times of the paper's GPU", ("python -m benchmarks.objectives",)),
+          "part: without the times of the paper's GPU",
+          (f"{SOAR} --study=passes", "python -m benchmarks.objectives")),
+    Entry(SECOND_ORDER, "Table 3.6", "the loss over the number of vectors z", "yes",
+          soar("samples")),
+    Entry(SECOND_ORDER, "Tables 3.7, 3.8", "evaluation points of SOAR and FOAR", "yes",
+          (f"{SOAR} --study=methods", f"{SOAR} --preset=paper --study=points")),
+    Entry(SECOND_ORDER, "Table 3.9", "l_2 attacks", "yes", soar("l2")),
+    Entry(SECOND_ORDER, "Table 3.10", "networks of growing capacity", "yes", soar("capacity")),
+    Entry(SECOND_ORDER, "Sec. 3.6", "limitations: batch normalisation, a cold start", "yes",
+          soar("limitations")),
     Entry(SQUARE, "Figs. 3.1, 3.4, 3.6", "success rate over queries",
           "part: Square and SimBA, on CIFAR-10 and digits",
           (f"{STUDY} --study=curves", f"{STUDY} --preset=paper --study=curves")),

@@ -3,6 +3,7 @@
 These tables are the only place where a name becomes a part of the library.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from robustjax import attacks, checks, gradients, losses, models, objectives, optim
+from robustjax import attacks, checks, data, gradients, losses, models, objectives, optim
 from robustjax.norms import L1, L2, LInf, Norm
 from robustjax.threat import ThreatModel
 
@@ -31,6 +32,7 @@ DATA_FACTS: Mapping[str, DataFacts] = {
     "cifar100": DataFacts((32, 32, 3), 100, 50_000),
     "svhn_cropped": DataFacts((32, 32, 3), 10, 73_257),
     "mnist": DataFacts((28, 28, 1), 10, 60_000),
+    "imagenet2012": DataFacts((224, 224, 3), 1000, 1_281_167),
     # Not in TFDS: arrays on disk, see README.
     "npz:tiny_imagenet.npz": DataFacts((64, 64, 3), 200, 100_000),
 }
@@ -63,6 +65,12 @@ def _small_cnn(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn
     return models.SmallCNN(num_classes=num_classes, channels=(width, 2 * width), dtype=dtype)
 
 
+def _single_layer_cnn(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    del norm  # has no normalisation layers
+    filters = 4 if width is None else width
+    return models.SingleLayerCNN(num_classes=num_classes, filters=filters, dtype=dtype)
+
+
 def _mlp(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
     del norm  # has no normalisation layers
     width = 256 if width is None else width
@@ -78,10 +86,12 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "linear": _linear,
     "mlp": _mlp,
     "small_cnn": _small_cnn,
+    "single_layer_cnn": _single_layer_cnn,
     "resnet10": _residual(models.ResNet10),
     "resnet18": _residual(models.ResNet18),
     "resnet34": _residual(models.ResNet34),
     "resnet50": _residual(models.ResNet50),
+    "resnet50_imagenet": _residual(functools.partial(models.ResNet50, stem="imagenet")),
     "preact_resnet18": _residual(models.PreActResNet18),
     "wrn28": _wide(28),
     "wrn34": _wide(34),
@@ -90,6 +100,10 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cnn8": _residual(models.CNN8),
 }
 
+AUGMENTATIONS = ("none", "crop", "crop_and_flip")
+LOSSES: Mapping[str, Callable] = {"margin": losses.margin, "cross_entropy": losses.cross_entropy}
+POINTS = ("pgd1", "random", "zero")
+PENALTY_CLIPS = ("none", "value", "gradient")
 ATTACKS = ("fgsm", "fgsm_rs", "pgd", "pgd_corner")
 # What an evaluation can run, by name: from the threat model to the attack.
 EVALUATION_ATTACKS: Mapping[str, Callable[[ThreatModel], Any]] = {
@@ -108,9 +122,9 @@ EVALUATION_ATTACKS: Mapping[str, Callable[[ThreatModel], Any]] = {
     "square": attacks.square,
     "simba": lambda threat: attacks.simba(threat, max_queries=5000),
 }
-OBJECTIVES = ("standard", "madry", "trades", "mart")
+OBJECTIVES = ("standard", "madry", "trades", "mart", "mma", "foar", "soar")
 OPTIMIZERS = ("sgd", "mgnc", "sngm", "adam", "adamw", "rmsprop", "sign_gd")
-ORACLES = ("plain", "engm", "f_engm", "a_engm", "n_engm")
+ORACLES = ("plain", "engm", "f_engm", "a_engm", "n_engm", "free")
 NORM_RULES: Mapping[str, Callable[[], gradients.NormRule]] = {
     "ghost": gradients.ghost_norms,
     "vmap": gradients.vmap_norms,
@@ -141,16 +155,35 @@ def make_objective(
     step_size: float | None,
     beta: float,
     attack_mode: str,
+    max_margin: float | None = None,
+    point: str = "pgd1",
+    weight: float = 1.0,
+    clip: float | None = None,
 ) -> objectives.Objective:
-    """An objective; TRADES brings its own inner attack, with these steps, for the others' one.
+    """An objective; TRADES and MMA bring their own inner attacks, with these steps.
 
-    ``beta`` is the weight of the divergence in TRADES and MART.
+    ``beta`` is the weight of the divergence in TRADES and MART, ``max_margin`` the largest margin
+    that MMA raises, if it is not that of the threat model. FOAR and SOAR expand the loss at
+    ``point``; ``weight`` is that of their penalty, ``clip`` the most that SOAR's may be.
     """
     checks.choice("objective", name, OBJECTIVES)
     if name == "standard":
         return objectives.standard()
     if name == "madry":
         return objectives.madry(attack, attack_mode=attack_mode)
+    if name in ("foar", "soar"):
+        at, radius = objectives.evaluation_point(threat, point)
+        if name == "foar":
+            penalty = objectives.first_order(radius, norm=threat.norm)
+        else:
+            penalty = objectives.soar(radius, clip=clip)
+        base = objectives.madry(at, attack_mode=attack_mode)
+        return objectives.penalized(base, penalty, weight=weight, at="adversarial")
+    if name == "mma":
+        hinge = ThreatModel(threat.norm, threat.eps if max_margin is None else max_margin)
+        return objectives.mma(
+            hinge, attack=objectives.an_pgd(hinge, steps=max(steps, 1)), attack_mode=attack_mode
+        )
     if name == "mart":
         return objectives.mart(attack, beta=beta, attack_mode=attack_mode)
     options = {} if step_size is None else {"step_size": step_size}
@@ -160,6 +193,9 @@ def make_objective(
 
 PENALTIES: Mapping[str, Callable[[ThreatModel], objectives.Penalty]] = {
     "grad_align": lambda threat: objectives.grad_align(threat.eps, norm=threat.norm),
+    "grad_align_fgsm": lambda threat: objectives.grad_align(
+        threat.eps, norm=threat.norm, point="fgsm"
+    ),
     "gradient": lambda threat: objectives.gradient_penalty(),
     "cure": lambda threat: objectives.cure(threat.eps),
     "llr": lambda threat: objectives.local_linearity(threat.eps, norm=threat.norm),
@@ -178,6 +214,12 @@ def add_penalty(
     return objectives.penalized(objective, PENALTIES[name](threat), weight=weight)
 
 
+def make_augmentation(name: str) -> data.Augment | None:
+    """Random crops of the images with a margin of four pixels, with or without flips."""
+    checks.choice("augmentation", name, AUGMENTATIONS)
+    return {"none": None, "crop": data.crop(4), "crop_and_flip": data.crop_and_flip(4)}[name]
+
+
 def make_schedule(
     name: str,
     *,
@@ -186,11 +228,14 @@ def make_schedule(
     steps_per_epoch: int,
     milestones: tuple[int, ...],
     decay: float,
+    peak: float = 0.4,
+    end: float = 0.0,
 ) -> optax.Schedule:
     """The learning rate at each step.
 
     ``piecewise`` multiplies by ``decay`` at each of the milestones, in epochs; ``cosine`` falls to
-    0; ``cyclic`` rises linearly from 0 over the first 2/5 of the epochs and falls linearly to 0.
+    0; ``cyclic`` rises linearly from 0 over the share ``peak`` of the epochs, whole ones, and falls
+    linearly to ``end``.
     """
     checks.choice("schedule", name, SCHEDULES)
     total = max(epochs * steps_per_epoch, 1)
@@ -201,14 +246,12 @@ def make_schedule(
     if name == "cosine":
         return optax.cosine_decay_schedule(learning_rate, total)
     if name == "cyclic":
-        peak = max(2 * epochs // 5, 1) * steps_per_epoch
-        return optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, learning_rate, peak),
-                optax.linear_schedule(learning_rate, 0.0, max(total - peak, 1)),
-            ],
-            [peak],
-        )
+        whole = int(peak * epochs + 1e-9)
+        rise = (max(whole, 1) if peak else 0) * steps_per_epoch
+        fall = optax.linear_schedule(learning_rate, end, max(total - rise, 1))
+        if not rise:
+            return fall
+        return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, rise), fall], [rise])
     return optax.constant_schedule(learning_rate)
 
 
@@ -222,12 +265,21 @@ def make_oracle(
     awp: float,
     awp_warmup: int,
     axis_name: str | None,
+    threat: ThreatModel,
+    batch_shape: tuple[int, ...],
+    replays: int,
+    growth: optax.Schedule | None,
+    penalty_norm: float | None,
 ) -> gradients.Oracle:
     """How the gradient is taken; ``awp > 0`` takes it at adversarially perturbed weights.
 
     ``alpha`` bounds parameter norms, ``alpha_naive`` the input norms of ``n_engm``; ``awp_warmup``
-    is in steps.
+    is in steps. ``threat``, ``batch_shape`` (of the images of a global batch), ``replays`` and
+    ``growth`` (the factor of its radius at each step) are for ``free``. ``penalty_norm`` bounds the
+    norm of the penalty's gradient.
     """
+    if penalty_norm is not None:
+        return gradients.clip_penalty(penalty_norm, axis_name=axis_name)
     checks.choice("oracle", name, ORACLES)
     norms = NORM_RULES[norm_rule]()
     oracle = {
@@ -236,6 +288,9 @@ def make_oracle(
         "f_engm": lambda: gradients.f_engm(alpha, norms=norms),
         "a_engm": lambda: gradients.a_engm(alpha, tau=tau, norms=norms, axis_name=axis_name),
         "n_engm": lambda: gradients.n_engm(alpha_naive),
+        "free": lambda: gradients.free(
+            threat, batch_shape, replays=replays, schedule=growth, axis_name=axis_name
+        ),
     }[name]()
     if awp:
         oracle = gradients.awp(awp, oracle=oracle, warmup=awp_warmup, axis_name=axis_name)

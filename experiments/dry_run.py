@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import choices
-from experiments.training_run import Parts, build, load_split
+from experiments.training_run import Parts, build, facts_of, load_split
 from experiments.training_settings import Settings
 from robustjax import checks, objectives, parallel, training
 from robustjax.training import report
@@ -71,15 +70,17 @@ def data_facts(settings: Settings) -> choices.DataFacts:
         facts = choices.DATA_FACTS[settings.dataset]
         held_out = settings.validation_size or 0
         checks.integer("validation_size", held_out, at_most=facts.train_size - 1)
+        if settings.image_size is not None:
+            size = settings.image_size
+            facts = facts._replace(image_shape=(size, size, facts.image_shape[2]))
         return facts._replace(train_size=facts.train_size - held_out)
     train = load_split(settings, "train")
-    image_shape = np.asarray(train[0]["image"]).shape
-    return choices.DataFacts(image_shape, train.num_classes, len(train))
+    return facts_of(settings, train)
 
 
 def cost(settings: Settings, objective: str, facts: choices.DataFacts) -> Cost:
     """Traces one training step of these settings with shapes alone."""
-    parts = build(settings, objective, facts.train_size, facts.num_classes)
+    parts = build(settings, objective, facts)
     n = settings.batch_size
     image = jax.ShapeDtypeStruct((n, *facts.image_shape), jnp.float32)
     integers = jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -112,7 +113,8 @@ def _outer_memory(parts: Parts, params, model_state, key, batch) -> int:
     def mean_loss(params, model_state, key, batch):
         return loss_fn.outer(params, model_state, key, batch)[0].mean()
 
-    attacked = {**batch, "adversarial": batch["image"]}
+    batch = {**batch, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    attacked = jax.eval_shape(loss_fn.inner, params, model_state, key, batch)
     return training.residual_bytes(mean_loss, params, model_state, key, attacked)
 
 
@@ -125,7 +127,8 @@ def costs(jobs: Sequence[tuple[str, Settings]]) -> list[list[str]]:
         alike = dataclasses.replace(
             settings, seed=0, workdir="", eps=0.0, beta=1.0, alpha=1.0, alpha_naive=1.0, tau=1,
             weight_decay=1.0, milestones=(), probe=0, attack_step_size=0.0, epochs=1,
-            awp=float(settings.awp > 0),
+            awp=float(settings.awp > 0), penalty_weight=1.0, start_from=None, monitor=0,
+            learning_rate=1.0, eps_warmup=min(settings.eps_warmup, 1),
         )  # fmt: skip
         if alike not in seen:
             seen[alike] = cost(settings, settings.objective[0], data_facts(settings))

@@ -27,25 +27,21 @@ Source: Dabouei et al. (2022), "Revisiting outer optimization in adversarial tra
 """
 
 import dataclasses
-import json
+import functools
 import os
-import time
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from experiments import command_line
-from experiments.claims import check_claims, print_claims
 from experiments.command_line import setting
-from experiments.dry_run import COLUMNS, costs
-from experiments.engm_figures import FIGURES
 from experiments.engm_jobs import jobs_of
 from experiments.engm_published import base_of, published_landscape, run_study
 from experiments.engm_studies import Small
 from experiments.engm_sweeps import STUDIES
+from experiments.jobs import print_costs
+from experiments.studies import Study, run_studies
 from robustjax import checks
-from robustjax.benchmark.environment import environment
 from robustjax.training import report
 
 TRAINED = ("optimizers", "methods", "sota", "eps", "gradients", "alpha", "tau", "beta",
@@ -128,45 +124,21 @@ def main(settings: Settings) -> None:
     if settings.dry_run:
         dry_run(settings)
         return
-    config = dataclasses.asdict(settings)
-    for name in ("workdir", "resume", "dry_run", "study", "data_dir", "assert_claims",
-                 "distributed", "coordinator_address", "num_processes", "process_id"):  # fmt: skip
-        del config[name]
-    workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
-    results, claims = _earlier(workdir), []
     small = Small(settings.seeds, settings.epochs, settings.evaluate_every, settings.train_size,
                   settings.test_size, settings.probe, settings.noise, settings.seed)  # fmt: skip
-    for study in settings.study:
-        began = time.monotonic()
+
+    def make(study: str, workdir: Path) -> Study:
         if settings.scale == "small" and study != "mnist":
-            found = STUDIES[study](small)
-            report.print_table(found.title, found.columns, found.rows)
-            claims += found.claims
-            if report.is_writer() and found.figure:
-                name, arguments = found.figure
-                FIGURES[name](workdir / f"{study}.png", **arguments)
-            results[study] = {
-                "results": found.results,
-                "claims": [claim._asdict() for claim in found.claims],
-            }
-        elif study == "landscape":
-            results[study] = published_landscape(settings, workdir)
-        else:
-            results[study] = run_study(settings, study, workdir)
-        results[study]["seconds"] = round(time.monotonic() - began, 1)
-        results["environment"] = environment()
-        if report.is_writer():  # after each study: what is done is not lost
-            report.write_json(workdir / "results.json", results)
-    if claims:
-        print_claims("Noisy digits: what the paper finds, and what holds at this size", claims)
-    report.print_lines(f"tables, figures and networks: {workdir}")
-    if settings.assert_claims:
-        check_claims(claims)
+            return STUDIES[study](small)
+        if study == "landscape":
+            return published_landscape(settings, workdir)
+        return run_study(settings, study, workdir)
 
-
-def _earlier(workdir: Path) -> dict[str, Any]:
-    path = workdir / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    run_studies(
+        settings,
+        {study: functools.partial(make, study) for study in settings.study},
+        title="Noisy digits: what the paper finds, and what holds at this size",
+    )
 
 
 def dry_run(settings: Settings) -> None:
@@ -177,13 +149,7 @@ def dry_run(settings: Settings) -> None:
                 f"Dry run: study {study}: perceptrons on digits, {settings.epochs} epochs"
             )
         elif study != "landscape":
-            jobs = jobs_of(study, base_of(settings, study), 1)
-            rows = costs([(", ".join(job.labels), job.settings) for job in jobs])
-            report.print_table(
-                f"Dry run: study {study}, each of {settings.seeds} seeds",
-                ["network", "data set", "model", *COLUMNS],
-                rows,
-            )
+            print_costs(jobs_of(study, base_of(settings, study), 1), study, settings.seeds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Figures of the studies of outer optimizers; colours that the colour-blind can tell apart."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,3 @@ def distances(path: Path, *, series: Mapping[str, np.ndarray]) -> None:
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-
-
-FIGURES: Mapping[str, Callable[..., None]] = {
-    "robust_curves": robust_curves,
-    "over_eps": over_eps,
-    "gradient_curves": gradient_curves,
-    "loss_planes": loss_planes,
-    "sweep": sweep,
-    "distances": distances,
-}

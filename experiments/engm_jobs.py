@@ -1,13 +1,14 @@
 """The published runs of outer optimizers: which networks each table and figure needs, and what of.
 
-A job is one network: the settings of a training run. Published numbers are those of Dabouei et al.
+Published numbers are those of Dabouei et al.
 (2022), "Revisiting outer optimization in adversarial training", in per cent.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from experiments.jobs import Job, over_seeds
 from experiments.training_settings import Settings as Training
 
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -71,21 +72,6 @@ TABLE_5 = {
 }
 
 
-class Job(NamedTuple):
-    """One network of a study.
-
-    Attributes:
-      labels: its place in the study's table: what is shown in the first columns. Networks that
-        differ in nothing but the seed share them.
-      settings: of the training run.
-      published: name of a column to the published number.
-    """
-
-    labels: tuple[str, ...]
-    settings: Training
-    published: dict[str, float] = {}  # noqa: RUF012 -- never changed
-
-
 # ResNet-18, 120 epochs: the setting of the ablations and of Table 2. The evaluation is PGD-20 on
 # the margin loss, to which 50 steps without restarts are added, and AutoAttack.
 BASE = Training(model="resnet18", test_restarts=1)
@@ -101,15 +87,13 @@ def jobs_of(study: str, base: Training, seeds: int) -> list[Job]:
         says.
       seeds: networks of each kind.
     """
-    jobs = [
-        Job(labels, dataclasses.replace(base, **changes), published)
-        for labels, changes, published in _rows(study)
-    ]
-    return [
-        job._replace(settings=dataclasses.replace(job.settings, seed=base.seed + seed))
-        for job in jobs
-        for seed in range(seeds)
-    ]
+    return over_seeds(
+        [
+            Job(labels, dataclasses.replace(base, **changes), published)
+            for labels, changes, published in _rows(study)
+        ],
+        seeds,
+    )
 
 
 def _rows(study: str) -> list[tuple[tuple[str, ...], dict[str, Any], dict[str, float]]]:

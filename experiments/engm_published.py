@@ -1,18 +1,25 @@
 """The published runs of outer optimizers: networks trained, evaluated, tabulated and drawn."""
 
 import dataclasses
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import adversarial_training, engm_jobs, evaluate, trained_models
-from experiments.engm_figures import FIGURES
-from experiments.engm_jobs import BASE, LABELS, Job, jobs_of
-from experiments.engm_studies import deepfool_distance, interval, summary
+from experiments import (
+    adversarial_training,
+    engm_figures,
+    engm_jobs,
+    jobs,
+    trained_models,
+)
+from experiments.engm_jobs import BASE, LABELS, jobs_of
+from experiments.engm_studies import deepfool_distance
 from experiments.engm_sweeps import landscape_of
+from experiments.jobs import Job
+from experiments.studies import Study
 from experiments.training_run import WEIGHT_ERROR_ALPHAS
 from experiments.training_settings import Settings as Training
 from robustjax import metrics
@@ -37,87 +44,63 @@ def base_of(settings: Any, study: str) -> Training:
 
 def placed_jobs(settings: Any, study: str, workdir: Path) -> list[Job]:
     """The networks of a study, each with a folder of its own."""
-    jobs = jobs_of(study, base_of(settings, study), settings.seeds)
-    placed = []
-    for job in jobs:
-        words = [*job.labels, f"seed{job.settings.seed}"]
-        name = "-".join(words).lower().replace(" ", "").replace("/", "of").replace(":", "_")
-        changes: dict[str, Any] = {"workdir": str(workdir / study / name), "resume": True}
-        if job.settings.dataset == engm_jobs.DATASETS[-1]:
-            changes["dataset"] = f"npz:{settings.tiny_imagenet}"
-        placed.append(job._replace(settings=dataclasses.replace(job.settings, **changes)))
-    return placed
+    placed = jobs.placed(jobs_of(study, base_of(settings, study), settings.seeds), workdir / study)
+    if study != "methods":
+        return placed
+    # The data set of arrays is where the user has it.
+    return [
+        job._replace(
+            settings=dataclasses.replace(job.settings, dataset=f"npz:{settings.tiny_imagenet}")
+        )
+        if job.settings.dataset == engm_jobs.DATASETS[-1]
+        else job
+        for job in placed
+    ]
 
 
-def run_study(settings: Any, study: str, workdir: Path) -> dict[str, Any]:
-    """Trains and evaluates the networks of a study, one after the other; its table and figure.
+def run_study(settings: Any, study: str, workdir: Path) -> Study:
+    """Trains and evaluates the networks of a study, one after the other.
 
     Args:
       settings: of ``experiments.engm``.
       study: one that trains networks.
       workdir: the networks go into folders of ``workdir / study``.
-
-    Returns:
-      For each network the values over the seeds with mean, standard deviation and interval.
     """
-    found: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    published, jobs = {}, placed_jobs(settings, study, workdir)
-    for job in jobs:
-        found.setdefault(job.labels, []).append(_outcome(settings, study, job))
-        published[job.labels] = job.published
-    columns = list(next(iter(found.values()))[0])
-    rows = []
-    for labels, outcomes in found.items():
-        cells = []
-        for column in columns:
-            text = interval(np.array([outcome[column] for outcome in outcomes]))
-            known = published[labels].get(column)
-            cells.append(text if known is None else f"{text} ({known:g})")
-        rows.append([*labels, *cells])
+    networks = placed_jobs(settings, study, workdir)
+    table = jobs.tabulated(networks, functools.partial(_outcome, settings, study))
     note = "" if study == "mnist" else "; in parentheses: published"
-    report.print_table(
+    return Study(
         f"Study {study}, mean ± std [95 % interval] over seeds{note}",
-        [*LABELS[study], *columns],
-        rows,
+        [*LABELS[study], *table.columns],
+        table.rows,
+        table.results,
+        figure=functools.partial(_figure, study, networks, table.outcomes),
     )
-    if report.is_writer():
-        _figure(study, jobs, found, workdir / f"{study}.png")
-    return {
-        ", ".join(labels): summary({c: np.array([o[c] for o in outcomes]) for c in columns})
-        for labels, outcomes in found.items()
-    }
 
 
 def _outcome(settings: Any, study: str, job: Job) -> dict[str, float]:
     """The numbers of one network, which is trained if that has not been done."""
-    objective = job.settings.objective[0]
-    folder = Path(job.settings.workdir)
-    path = folder / "results.json"
-    if path.exists():
-        result = json.loads(path.read_text())[objective]
-    else:
-        report.print_lines(f"{study}: {', '.join(job.labels)}, seed {job.settings.seed}")
-        result = adversarial_training.train(job.settings)[objective]
+    result = jobs.trained(job, study)
     pgd = f"pgd{job.settings.validation_steps}"
     best, last = result["best"], result["last"]
     outcome = {"clean": 100 * best["clean"], "best": 100 * best[pgd], "last": 100 * last[pgd]}
     outcome["overfit"] = metrics.robust_overfitting([best[pgd], last[pgd]])
     if settings.auto_attack and study in ("optimizers", "methods", "sota", "l2"):
-        outcome["autoattack"] = 100 * _auto_attack(settings, job, folder)
+        outcome["autoattack"] = 100 * jobs.auto_attack(job, settings.auto_attack)
     if job.settings.probe:
-        records = report.read_metrics(folder / objective)
+        records = report.read_metrics(jobs.model_folder(job))
         measured = [record for record in records if record["split"] == "gradients"]
         for name in ("mean_norm", "variance", "correlation"):
             outcome[name] = float(np.mean([record[name] for record in measured]))
     if study == "eps":
-        trained = trained_models.load(folder / objective, data_dir=settings.data_dir)
+        trained = trained_models.load(jobs.model_folder(job), data_dir=settings.data_dir)
         examples = trained_models.evaluation_set(job.settings, "test", 1000)
         outcome["deepfool"] = deepfool_distance(trained.logits_fn, examples.image, examples.label)
     return outcome
 
 
 def _figure(
-    study: str, jobs: Sequence[Job], found: Mapping[tuple, list[dict[str, float]]], path: Path
+    study: str, networks: Sequence[Job], found: Mapping[tuple, list[dict[str, float]]], path: Path
 ) -> None:
     """The figure of a study of networks, if it has one."""
 
@@ -129,36 +112,36 @@ def _figure(
         bars = {labels[0]: best[labels] - best["MSGD",] for labels in found}
         curves = {}
         for labels in found:
-            pgd = f"pgd{jobs[0].settings.validation_steps}"
-            epoch, accuracy = _curves(jobs, labels, "validation", pgd)
+            pgd = f"pgd{networks[0].settings.validation_steps}"
+            epoch, accuracy = _curves(networks, labels, "validation", pgd)
             curves[labels[0]] = (epoch, 100 * accuracy)
-        FIGURES["robust_curves"](path, curves=curves, bars=bars)
+        engm_figures.robust_curves(path, curves=curves, bars=bars)
     elif study == "eps":
         table = {}
-        eps = sorted({job.settings.eps for job in jobs})
+        eps = sorted({job.settings.eps for job in networks})
         for name, column in (("mean norm", "mean_norm"), ("variance", "variance")):
             table[name] = [v for labels, v in means(column).items() if labels[0] == "MSGD"]
         for method in ("MSGD", "ENGM"):
             table[f"rho, {method}"] = [
                 v for labels, v in means("deepfool").items() if labels[0] == method
             ]
-        FIGURES["over_eps"](path, eps=eps, table=table)
+        engm_figures.over_eps(path, eps=eps, table=table)
     elif study == "gradients":
         for dataset in {labels[0] for labels in found}:
             curves, errors = {}, {}
             for labels in (labels for labels in found if labels[0] == dataset):
                 series = {}
                 for name in ("mean_norm", "variance", "correlation", "correlation_train"):
-                    epoch, values = _curves(jobs, labels, "gradients", name)
+                    epoch, values = _curves(networks, labels, "gradients", name)
                     series[name] = values.mean(axis=0)
                 curves[labels[2]] = series
                 if labels[2] != "natural":
                     errors = {
-                        alpha: _curves(jobs, labels, "gradients", f"weight_error_{alpha:g}")[1]
+                        alpha: _curves(networks, labels, "gradients", f"weight_error_{alpha:g}")[1]
                         .mean(axis=0)
                         for alpha in WEIGHT_ERROR_ALPHAS
                     }  # fmt: skip
-            FIGURES["gradient_curves"](
+            engm_figures.gradient_curves(
                 path.with_name(f"{path.stem}-{dataset}.png"), epoch=epoch, curves=curves,
                 errors=errors,
             )  # fmt: skip
@@ -171,55 +154,32 @@ def _figure(
                 of_kind = kinds.setdefault(labels[0], {})
                 of_kind.setdefault(column, []).append(means(column)[labels])
         # N-ENGM has its own scale; both rise.
-        FIGURES["sweep"](path, knob=study, values=next(iter(values.values())), found=kinds)
+        engm_figures.sweep(path, knob=study, values=next(iter(values.values())), found=kinds)
 
 
 def _curves(
-    jobs: Sequence[Job], labels: tuple[str, ...], split: str, name: str
+    networks: Sequence[Job], labels: tuple[str, ...], split: str, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Epochs, and a metric there for each seed, ``(seeds, evaluations)``."""
     runs = []
-    for job in jobs:
+    for job in networks:
         if job.labels == labels:
-            folder = Path(job.settings.workdir) / job.settings.objective[0]
-            records = [r for r in report.read_metrics(folder) if r["split"] == split]
+            records = report.read_metrics(jobs.model_folder(job))
+            records = [r for r in records if r["split"] == split]
             runs.append([record[name] for record in records])
     # A validation every so many epochs, and at the last one.
-    every, last = jobs[0].settings.checkpoint_every, jobs[0].settings.epochs
+    every, last = networks[0].settings.checkpoint_every, networks[0].settings.epochs
     epoch = np.minimum(every * np.arange(1, len(runs[0]) + 1), last)
     return epoch, np.array(runs)
 
 
-def _auto_attack(settings: Any, job: Job, folder: Path) -> float:
-    """Robust accuracy of the best checkpoint under AutoAttack; an interrupted one is resumed."""
-    path = folder / "autoattack" / "results.json"
-    if path.exists():
-        return json.loads(path.read_text())["robust_accuracy"]
-    chosen = dataclasses.replace(
-        evaluate.PRESETS["paper"],
-        checkpoint=str(folder / job.settings.objective[0]),
-        examples=settings.auto_attack,
-        threat=job.settings.norm,
-        eps=job.settings.eps,
-        data_dir=settings.data_dir,
-        workdir=str(path.parent),
-        resume=True,
-    )
-    return evaluate.main(chosen)["robust_accuracy"]
-
-
-def published_landscape(settings: Any, workdir: Path) -> dict[str, Any]:
+def published_landscape(settings: Any, workdir: Path) -> Study:
     """Fig. 4 from the best networks of the study of optimizers, with the first seed."""
     logits_fns = {}
     for job in placed_jobs(settings, "optimizers", workdir):
         method = job.labels[0].lower()
         if method in ("msgd", "engm") and method not in logits_fns:
-            folder = Path(job.settings.workdir) / "madry"
+            folder = jobs.model_folder(job)
             logits_fns[method] = trained_models.load(folder, data_dir=settings.data_dir).logits_fn
             examples = trained_models.evaluation_set(job.settings, "test", 4)
-    found = landscape_of(logits_fns, examples.image, examples.label, eps=8 / 255)
-    report.print_table(found.title, found.columns, found.rows)
-    if report.is_writer():
-        name, arguments = found.figure
-        FIGURES[name](workdir / "landscape.png", **arguments)
-    return {"results": found.results}
+    return landscape_of(logits_fns, examples.image, examples.label, eps=8 / 255)

@@ -5,7 +5,7 @@ and figures. Runs that several studies need are made once.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,34 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import noisy_digits
+from experiments import engm_figures, noisy_digits
 from experiments.claims import Claim
 from experiments.noisy_digits import METHODS, MODEL, Knobs, Recipe, Runs, Task
+from experiments.studies import Study, interval, summary
 from experiments.training_run import WEIGHT_ERROR_ALPHAS
 from robustjax import attacks, data, metrics, models, norms
 from robustjax.threat import ThreatModel
 
 INF = float("inf")
-
-
-class Study(NamedTuple):
-    """What a study found.
-
-    Attributes:
-      title: of its table.
-      columns: of its table.
-      rows: of its table.
-      results: numbers, for ``results.json``.
-      claims: what should hold and does or does not.
-      figure: what ``experiments.engm_figures`` draws, by name of the function, if anything.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    results: dict[str, Any]
-    claims: Sequence[Claim] = ()
-    figure: tuple[str, dict[str, Any]] | None = None
 
 
 class Small(NamedTuple):
@@ -117,23 +98,6 @@ def best_last_overfit(runs: Runs) -> dict[str, np.ndarray]:
     }
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean, standard deviation and 95 % bootstrap interval of the mean, for a table."""
-    found = metrics.bootstrap_mean(np.asarray(values, np.float64))
-    if len(values) == 1:
-        return f"{found.mean:.3g}"
-    return f"{found.mean:.3g} ± {found.std:.2g} [{found.low:.3g}, {found.high:.3g}]"
-
-
-def summary(numbers: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The values over the seeds with mean, standard deviation and interval, for results.json."""
-    out: dict[str, Any] = {}
-    for name, values in numbers.items():
-        values = np.asarray(values, np.float64)
-        out[name] = {"values": values, **metrics.bootstrap_mean(values)._asdict()}
-    return out
-
-
 def _correlations(runs: Runs) -> np.ndarray:
     """Correlation of parameter and input gradient norms, ``(runs, evaluations)``."""
     return np.array([
@@ -193,9 +157,12 @@ def optimizers(small: Small) -> Study:
         rows,
         {m: summary(n) for m, n in numbers.items()},
         claims,
-        ("robust_curves", {"curves": curves, "bars": {m: v["best"] - msgd["best"]
-                                                      for m, v in mean.items()}}),
-    )  # fmt: skip
+        functools.partial(
+            engm_figures.robust_curves,
+            curves=curves,
+            bars={m: v["best"] - msgd["best"] for m, v in mean.items()},
+        ),
+    )
 
 
 def methods(small: Small) -> Study:
@@ -259,7 +226,7 @@ def eps(small: Small) -> Study:
         f"Gradients and DeepFool distance over eps, clean digits, {epochs} epochs, MSGD",
         ["", *(f"eps = {e:g}" for e in EPS)],
         rows, results, claims,
-        ("over_eps", {"eps": EPS, "table": table}),
+        functools.partial(engm_figures.over_eps, eps=EPS, table=table),
     )  # fmt: skip
 
 
@@ -348,7 +315,7 @@ def gradients(small: Small) -> Study:
         rows,
         {**curves, "weight_error": {str(a): e for a, e in errors.items()}, "epoch": epoch},
         claims,
-        ("gradient_curves", {"epoch": epoch, "curves": curves, "errors": errors}),
+        functools.partial(engm_figures.gradient_curves, epoch=epoch, curves=curves, errors=errors),
     )
 
 

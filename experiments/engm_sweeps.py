@@ -1,5 +1,6 @@
 """Ablations, pictures and theory of outer optimizers at small size, on noisy digits."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments import engm_figures
 from experiments.claims import Claim
 from experiments.engm_studies import (
     INF,
     Small,
-    Study,
     best_last_overfit,
     eps,
     gradients,
-    interval,
     methods,
     optimizers,
-    summary,
 )
 from experiments.noisy_digits import MODEL, Recipe
+from experiments.studies import Study, interval, summary
 from robustjax import attacks, data, losses, metrics, models, norms, theory
 from robustjax.threat import ThreatModel
 
@@ -60,7 +60,8 @@ def landscape_of(logits_fns: Mapping[str, Callable], x: Any, y: Any, *, eps: flo
     return Study(
         "Curvature of the loss on planes of the PGD-20 direction and a random one",
         ["optimizer", *(f"class {int(label)}" for label in y), "mean"],
-        rows, curvature, claims, ("loss_planes", {"planes": planes, "labels": np.asarray(y)}),
+        rows, curvature, claims,
+        functools.partial(engm_figures.loss_planes, planes=planes, labels=np.asarray(y)),
     )  # fmt: skip
 
 
@@ -92,7 +93,8 @@ def _sweep(small: Small, knob: str, values: tuple, kinds: Mapping[str, tuple[str
             rows.append([name, f"{value:g}", *(f"{v[i]:.1f}" for v in found[name].values())])
     return Study(
         title, ["optimizer", knob, "clean %", "best %", "last %", "overfit %"], rows, found,
-        claims(found), ("sweep", {"knob": knob, "values": values, "found": found}),
+        claims(found),
+        functools.partial(engm_figures.sweep, knob=knob, values=values, found=found),
     )  # fmt: skip
 
 
@@ -191,7 +193,7 @@ def convergence(small: Small) -> Study:
     return Study(
         "Distance to the minimum, Student-t noise with 1.5 degrees of freedom, 200 runs",
         ["method", "median", "99 %", "largest"],
-        rows, results, claims, ("distances", {"series": series}),
+        rows, results, claims, functools.partial(engm_figures.distances, series=series),
     )  # fmt: skip
 
 

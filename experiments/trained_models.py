@@ -47,28 +47,43 @@ def load(
       ValueError: there is no such run, or its checkpoints are damaged.
     """
     checks.choice("which", which, ("best", "last"))
-    directory = Path(directory)
+    settings, parts, state = _restored(Path(directory), which, data_dir)
+    return TrainedModel(
+        models.eval_logits(parts.exact_model.apply, state.params, state.model_state),
+        settings,
+        int(state.step),
+        f"{settings.objective[0]} {settings.model}, {which}",
+    )
+
+
+def variables(
+    directory: str | Path, which: str = "last", *, data_dir: str | None = None
+) -> tuple[Any, Any]:
+    """Parameters and statistics of a checkpoint, to train on from; see ``load``."""
+    checks.choice("which", which, ("best", "last"))
+    _, _, state = _restored(Path(directory), which, data_dir)
+    return state.params, state.model_state
+
+
+def _restored(
+    directory: Path, which: str, data_dir: str | None
+) -> tuple[Settings, training_run.Parts, training.TrainState]:
     settings = dataclasses.replace(read_settings(directory), data_dir=data_dir)
     objective = settings.objective[0]
     test = training_run.load_split(settings, "test")
-    parts = training_run.build(settings, objective, settings.batch_size, test.num_classes)
-    image = jnp.zeros((1, *np.asarray(test[0]["image"]).shape))
+    facts = training_run.facts_of(settings, test)._replace(train_size=settings.batch_size)
+    parts = training_run.build(settings, objective, facts)
+    image = jnp.zeros((1, *facts.image_shape))
     params, model_state = jax.jit(parts.model.init)(jax.random.key(0), image)
     like = training.create_state(
         params, model_state, parts.optimizer, jax.random.key(0), oracle=parts.oracle
     )
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"{directory} must hold checkpoints/, got a folder without")
-    metric = "clean" if objective == "standard" else f"pgd{settings.validation_steps}"
+    metric = training_run.selection_metric(settings, objective)
     with checkpoint.open_checkpoints(directory / "checkpoints", best_metric=metric) as manager:
         step = manager.best_step() if which == "best" else manager.latest_step()
-        state = checkpoint.restore(manager, like, step=step)
-    return TrainedModel(
-        models.eval_logits(parts.exact_model.apply, state.params, state.model_state),
-        settings,
-        int(state.step),
-        f"{objective} {settings.model}, {which}",
-    )
+        return settings, parts, checkpoint.restore(manager, like, step=step)
 
 
 def read_settings(directory: str | Path) -> Settings:
@@ -97,11 +112,7 @@ def evaluation_set(settings: Settings, split: str, examples: int) -> data.Datase
     Raises:
       ValueError: the set is not there, or has fewer examples.
     """
-    dataset = data.load(
-        settings.dataset,
-        split,
-        data_dir=settings.data_dir,
-        validation_size=settings.validation_size,
-    )
-    checks.integer("examples", examples, at_least=1, at_most=len(dataset))
-    return dataset.subset(np.arange(examples))
+    source = training_run.squared(settings, training_run.load_split(settings, split))
+    checks.integer("examples", examples, at_least=1, at_most=len(source))
+    part = source.subset(np.arange(examples))
+    return part if isinstance(part, data.Dataset) else data.materialise(part)

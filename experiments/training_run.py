@@ -58,15 +58,29 @@ class Parts:
     steps_per_epoch: int
 
 
-def build(settings: Settings, objective: str, train_size: int, num_classes: int) -> Parts:
+def squared(settings: Settings, source: data.Dataset | data.Source) -> data.Dataset | data.Source:
+    """A set as it is evaluated: the middle of its images, if the settings give them a size."""
+    if settings.image_size is None:
+        return source
+    return data.mapped(source, data.center_crop(settings.image_size))
+
+
+def facts_of(settings: Settings, train: data.Dataset | data.Source) -> choices.DataFacts:
+    """What ``build`` must know of the training set."""
+    shape = np.asarray(squared(settings, train)[0]["image"]).shape
+    return choices.DataFacts(shape, train.num_classes, len(train))
+
+
+def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts:
     """Turns the names of the settings into functions; computes nothing."""
     threat = ThreatModel(choices.NORMS[settings.norm], settings.eps)
 
     def model(dtype):
         make = choices.MODELS[settings.model]
-        return models.from_linen(make(num_classes, settings.width, settings.normalization, dtype))
+        module = make(facts.num_classes, settings.width, settings.normalization, dtype)
+        return models.from_linen(module)
 
-    steps_per_epoch = data.steps_per_epoch(train_size, settings.batch_size)
+    steps_per_epoch = data.steps_per_epoch(facts.train_size, settings.batch_size)
     optimizer = choices.make_optimizer(
         settings.optimizer,
         choices.make_schedule(
@@ -76,11 +90,15 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
             steps_per_epoch=steps_per_epoch,
             milestones=settings.milestones,
             decay=settings.decay,
+            peak=settings.cycle_peak,
+            end=settings.cycle_end,
         ),
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         max_norm=settings.max_norm,
     )
+    warmup = settings.eps_warmup * steps_per_epoch
+    growth = optax.linear_schedule(0.0, 1.0, warmup)
     oracle = choices.make_oracle(
         settings.oracle,
         alpha=settings.alpha,
@@ -90,13 +108,20 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
         awp=settings.awp,
         awp_warmup=settings.awp_warmup * steps_per_epoch,
         axis_name=parallel.AXIS,
+        threat=threat,
+        batch_shape=(settings.batch_size, *facts.image_shape),
+        replays=settings.replays,
+        growth=growth if warmup else None,
+        penalty_norm=settings.penalty_bound if settings.penalty_clip == "gradient" else None,
     )
 
     def objective_at(scale):
         """The objective with radius and step scaled, for the warm-up."""
         size = settings.attack_step_size
         size = None if size is None else scale * size
-        now = ThreatModel(threat.norm, scale * settings.eps)
+        now = threat
+        if settings.warmup == "radius":
+            now = ThreatModel(threat.norm, scale * settings.eps)
         attack = choices.make_attack(
             settings.attack,
             now,
@@ -112,24 +137,38 @@ def build(settings: Settings, objective: str, train_size: int, num_classes: int)
             step_size=size,
             beta=settings.beta,
             attack_mode=settings.attack_mode,
+            max_margin=settings.max_margin,
+            point=settings.evaluation_point,
+            weight=settings.penalty_weight,
+            clip=settings.penalty_bound if settings.penalty_clip == "value" else None,
         )
         return choices.add_penalty(plain, settings.penalty, settings.penalty_weight, now)
 
-    warmup = settings.eps_warmup * steps_per_epoch
-    growth = optax.linear_schedule(0.0, 1.0, warmup)
     compute_model = model(choices.PRECISIONS[settings.precision])
     final = objective_at(1.0)
     step = training.train_step(
         compute_model.apply,
-        objectives.scheduled(objective_at, growth) if warmup else final,
+        objectives.scheduled(objective_at, growth) if warmup and objective != "standard" else final,
         optimizer,
         oracle=oracle,
-        augment=data.crop_and_flip(4) if settings.augmentation == "crop_and_flip" else None,
+        augment=choices.make_augmentation(settings.augmentation),
+        replays=replays_of(settings),
         axis_name=parallel.AXIS,
     )
     return Parts(
         compute_model, model(jnp.float32), optimizer, oracle, final, step, threat, steps_per_epoch
     )
+
+
+def replays_of(settings: Settings) -> int:
+    """Steps on each minibatch."""
+    return settings.replays if settings.oracle == "free" else 1
+
+
+def selection_metric(settings: Settings, objective: str) -> str:
+    """What the best checkpoint is best at."""
+    robust = objective != "standard" or settings.oracle == "free"
+    return f"pgd{settings.validation_steps}" if robust else "clean"
 
 
 def test_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.Attack]:
@@ -151,26 +190,37 @@ def test_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.A
 
 
 def validation_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.Attack]:
-    """PGD on the margin loss, as in Dabouei et al. (2022), section 4.1: steps of eps / 10."""
+    """PGD; by default on the margin loss, as in Dabouei et al. (2022), section 4.1."""
     attack = attacks.pgd(
-        threat, steps=settings.validation_steps, step_size=threat.eps / 10, loss=losses.margin
+        threat,
+        steps=settings.validation_steps,
+        step_size=threat.eps * settings.validation_step_size,
+        loss=choices.LOSSES[settings.validation_loss],
     )
     return {f"pgd{settings.validation_steps}": attack}
 
 
 def run_objective(
-    settings: Settings, objective: str, splits: Mapping[str, data.Dataset], workdir: Path
+    settings: Settings,
+    objective: str,
+    splits: Mapping[str, data.Dataset],
+    workdir: Path,
+    start: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains and evaluates one model; returns what ``results.json`` holds."""
+    """Trains and evaluates one model; returns what ``results.json`` holds.
+
+    ``start`` are parameters and statistics to begin with, in place of random ones.
+    """
     mesh = parallel.device_mesh()
     train = splits["train"]
-    parts = build(settings, objective, len(train), train.num_classes)
+    facts = facts_of(settings, train)
+    parts = build(settings, objective, facts)
     began = time.monotonic()
     init_key, run_key, order_key, test_key = jax.random.split(jax.random.key(settings.seed), 4)
-    image_shape = np.asarray(train[0]["image"]).shape
-    params, model_state = jax.jit(lambda key: parts.model.init(key, jnp.zeros((1, *image_shape))))(
-        init_key
-    )
+    example = jnp.zeros((1, *facts.image_shape))
+    params, model_state = jax.jit(lambda key: parts.model.init(key, example))(init_key)
+    if start is not None:
+        params, model_state = start
     fresh = training.create_state(
         params, model_state, parts.optimizer, run_key, oracle=parts.oracle
     )
@@ -181,11 +231,14 @@ def run_objective(
         f"{len(train):,} training images, {parts.steps_per_epoch} steps an epoch, "
         f"{settings.epochs} epochs; {mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
-    chosen_by = "clean" if objective == "standard" else f"pgd{settings.validation_steps}"
+    chosen_by = selection_metric(settings, objective)
     validate = training.make_evaluator(
         parts.exact_model.apply, validation_attacks(settings, parts.threat), mesh
     )
-    measure = _gradient_measure(settings, parts, train, test_key) if settings.probe else None
+    measure = None
+    if settings.probe:
+        measure = _gradient_measure(settings, parts, squared(settings, train), test_key)
+    monitor = _monitor(settings, parts, splits["test"], test_key) if settings.monitor else None
     total = settings.epochs * parts.steps_per_epoch
     with checkpoint.open_checkpoints(workdir / "checkpoints", best_metric=chosen_by) as manager:
         resumed = settings.resume and manager.latest_step() is not None
@@ -209,6 +262,8 @@ def run_objective(
                 )
                 accuracies = {name: float(v.mean()) for name, v in verdicts.items()}
                 writer.write(int(state.step), "validation", accuracies)
+                if settings.monitor:
+                    writer.write(int(state.step), "monitor", monitor(state))
                 if settings.probe:
                     writer.write(int(state.step), "gradients", measure(state))
                 progress(int(state.step), accuracies, keep=True)
@@ -232,18 +287,26 @@ def run_objective(
     evaluate = training.make_evaluator(
         parts.exact_model.apply, test_attacks(settings, parts.threat), mesh
     )
+    evaluate_clean = training.make_evaluator(parts.exact_model.apply, {}, mesh)
+    attacked = splits["test"]
+    if settings.robust_examples is not None:
+        attacked = attacked.subset(np.arange(min(settings.robust_examples, len(attacked))))
     results: dict[str, Any] = {
         "objective": objective,
         "parameters": training.parameter_count(params),
         "chosen_by": chosen_by,
         "test_examples": len(splits["test"]),
+        "attacked_examples": len(attacked),
     }
     for name, state in {"best": best, "last": last}.items():
         if name == "last" and int(best.step) == int(last.step):
             results["last"] = results["best"]
             continue
-        test = data.eval_batches(splits["test"], settings.test_batch_size)
+        test = data.eval_batches(attacked, settings.test_batch_size)
         verdicts = evaluate(state.params, state.model_state, test_key, test)
+        if len(attacked) < len(splits["test"]):
+            whole = data.eval_batches(splits["test"], settings.test_batch_size)
+            verdicts |= evaluate_clean(state.params, state.model_state, test_key, whole)
         results[name] = {
             "step": int(state.step),
             **{attack: float(correct.mean()) for attack, correct in verdicts.items()},
@@ -261,15 +324,24 @@ def run_objective(
 
 
 def _advance(settings, parts, train, key, mesh):
+    replays = replays_of(settings)
     if settings.placement == "device":
-        return feed.resident(parts.step, train, key=key, batch_size=settings.batch_size, mesh=mesh)
+        return feed.resident(
+            parts.step, train, key=key, batch_size=settings.batch_size, mesh=mesh, replays=replays
+        )
+    size = settings.image_size
     return feed.streamed(
         parts.step,
         lambda start: data.host_batches(
-            train, batch_size=settings.batch_size, seed=settings.seed, start_step=start
+            train,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            start_step=start,
+            random_transform=None if size is None else data.random_resized_crop(size),
         ),
         steps_per_epoch=parts.steps_per_epoch,
         mesh=mesh,
+        replays=replays,
     )
 
 
@@ -308,6 +380,38 @@ def _gradient_measure(settings, parts, train, key):
                 for alpha in WEIGHT_ERROR_ALPHAS
             },
         }
+
+    return measure
+
+
+def _monitor(settings, parts, test, key):
+    """Signs of catastrophic overfitting, on the first test examples."""
+    n = checks.integer("monitor", settings.monitor, at_most=len(test))
+    shown = [test[i] for i in range(n)]
+    x = jnp.asarray(data.as_float(np.stack([example["image"] for example in shown])))
+    y = jnp.asarray([int(example["label"]) for example in shown], jnp.int32)
+    threat = parts.threat
+    pgd = attacks.pgd(threat, steps=10, step_size=threat.eps / 4)
+    at_random = attacks.pgd(threat, steps=0, clip_start=False)
+
+    @jax.jit
+    def measured(params, model_state):
+        logits_fn = models.eval_logits(parts.exact_model.apply, params, model_state)
+        found = {"fgsm": attacks.fgsm(threat)(logits_fn, key, x, y),
+                 "pgd": pgd(logits_fn, key, x, y)}  # fmt: skip
+        noise = at_random(logits_fn, key, x, y) - x
+        out = {"clean": metrics.correct(logits_fn(x), y).mean()}
+        for name, x_adv in found.items():
+            logits = logits_fn(x_adv)
+            out[f"{name}_accuracy"] = metrics.correct(logits, y).mean()
+            out[f"{name}_loss"] = losses.cross_entropy(logits, y).mean()
+        out["alignment"] = metrics.gradient_alignment(logits_fn, x, y, noise).mean()
+        out["cosine_fgsm_pgd"] = metrics.cosine(found["fgsm"] - x, found["pgd"] - x).mean()
+        return out
+
+    def measure(state) -> dict[str, float]:
+        params, model_state = parallel.to_host((state.params, state.model_state))
+        return {name: float(value) for name, value in measured(params, model_state).items()}
 
     return measure
 

@@ -24,7 +24,10 @@ class Settings:
         1000, "examples held out of the training set; None: what comes with the set", "data",
         unit="examples")
     augmentation: str = setting(
-        "crop_and_flip", "per-example augmentation", "data", choices=("none", "crop_and_flip"))
+        "crop_and_flip", "per-example augmentation", "data", choices=choices.AUGMENTATIONS)
+    image_size: int | None = setting(
+        None, "images become squares of this side: random rectangles of them in training, their "
+        "middle in evaluation; needs placement host. None: as they are", "data", unit="pixels")
     placement: str = setting(
         "device", "where the training set lives", "data", choices=("device", "host"))
     model: str = setting("preact_resnet18", "architecture", "model", choices=tuple(choices.MODELS))
@@ -41,10 +44,19 @@ class Settings:
         ("madry",), "what is minimised; several, by commas, train side by side", "objective",
         choices=choices.OBJECTIVES)
     beta: float = setting(6.0, "weight of the divergence in TRADES and MART", "objective")
+    max_margin: float | None = setting(
+        None, "largest margin that mma raises; None: eps", "objective", unit="input units")
     penalty: str = setting(
         "none", "penalty on the gradient at the clean inputs, added to the objective", "objective",
         choices=("none", *choices.PENALTIES))
-    penalty_weight: float = setting(1.0, "weight of the penalty", "objective")
+    penalty_weight: float = setting(
+        1.0, "weight of the penalty, that of foar and soar included", "objective")
+    evaluation_point: str = setting(
+        "pgd1", "where foar and soar expand the loss", "objective", choices=choices.POINTS)
+    penalty_clip: str = setting(
+        "none", "what of the penalty is bounded by penalty_bound: each example's value (soar), or "
+        "the norm of its gradient", "objective", choices=choices.PENALTY_CLIPS)
+    penalty_bound: float = setting(10.0, "see penalty_clip", "objective")
     oracle: str = setting(
         "plain", "how the gradient is taken: examples as they are, or weighted by their gradients' "
         "norms", "gradient", choices=choices.ORACLES)
@@ -55,6 +67,9 @@ class Settings:
     norm_rule: str = setting(
         "ghost", "how parameter norms are found; vjp is that of BatchNorm in training mode",
         "gradient", choices=tuple(choices.NORM_RULES))
+    replays: int = setting(
+        8, "steps on each minibatch with oracle free; an epoch counts steps, not passes over the "
+        "data", "gradient", unit="steps")
     awp: float = setting(
         0.0, "relative size of adversarial weight perturbations, 0 for none", "gradient")
     awp_warmup: int = setting(
@@ -65,6 +80,9 @@ class Settings:
     eps_warmup: int = setting(
         0, "training starts at radius 0, which grows linearly to eps over these", "threat model",
         unit="epochs")
+    warmup: str = setting(
+        "radius", "what eps_warmup lets grow: radius and step, or the step alone", "threat model",
+        choices=("radius", "step"))
     attack: str = setting("pgd", "attack in training (madry)", "attack", choices=choices.ATTACKS)
     attack_steps: int = setting(10, "steps of the attack in training", "attack")
     attack_step_size: float | None = setting(
@@ -84,6 +102,11 @@ class Settings:
     milestones: tuple[int, ...] = setting(
         (75, 90), "where a piecewise schedule falls", "optimizer", unit="epochs")
     decay: float = setting(0.1, "factor at a milestone", "optimizer")
+    start_from: str | None = setting(
+        None, "folder WORKDIR/OBJECTIVE of a run; training goes on from its last network", "run")
+    cycle_peak: float = setting(
+        0.4, "share of the epochs after which a cyclic schedule is at learning_rate", "optimizer")
+    cycle_end: float = setting(0.0, "learning rate at the end of a cyclic schedule", "optimizer")
     epochs: int = setting(120, "passes over the training set", "run", unit="epochs")
     batch_size: int = setting(128, "global batch size", "run", unit="examples")
     seed: int = setting(0, "seed of everything random", "run")
@@ -93,17 +116,27 @@ class Settings:
     dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
     dispatch: int = setting(50, "training steps per call of the compiled function, at most", "run")
     checkpoint_every: int = setting(1, "validation and checkpoint", "run", unit="epochs")
+    selection: str = setting(
+        "validation", "what the best checkpoint is chosen on: the validation set, or the first 256 "
+        "training examples", "evaluation", choices=("validation", "train"))
+    monitor: int = setting(
+        0, "first test examples on which gradient alignment and losses are measured at every "
+        "validation", "evaluation", unit="examples")
     probe: int = setting(
         0, "training examples whose gradients are measured at every validation", "evaluation",
         unit="examples")
     probe_train: bool = setting(
         False, "the correlation of their norms with the model in training mode too", "evaluation")
     validation_steps: int = setting(
-        20, "steps of PGD on the validation set, of length eps/10, on the margin loss",
-        "evaluation")
+        20, "steps of PGD on the validation set", "evaluation")
+    validation_step_size: float = setting(0.1, "their length, in eps", "evaluation")
+    validation_loss: str = setting(
+        "margin", "loss of that PGD", "evaluation", choices=tuple(choices.LOSSES))
     test_steps: int = setting(
         50, "steps of PGD on the test set, of length eps/4", "evaluation")
     test_restarts: int = setting(10, "restarts of PGD on the test set", "evaluation")
+    robust_examples: int | None = setting(
+        None, "first test examples that are attacked; None: all", "evaluation", unit="examples")
     test_batch_size: int = setting(
         1000, "batch size of evaluation", "evaluation", unit="examples")
     distributed: bool = setting(
@@ -120,32 +153,73 @@ class Settings:
             raise ValueError(f"objective must name each one once, got {','.join(self.objective)}")
         for name in (
             "attack_steps", "validation_steps", "test_steps", "epochs", "eps_warmup", "awp_warmup",
-            "probe",
+            "probe", "monitor",
         ):  # fmt: skip
             checks.integer(name, getattr(self, name))
         for name in (
             "batch_size", "test_batch_size", "test_restarts", "dispatch", "checkpoint_every",
-            "tau",
+            "tau", "replays",
         ):  # fmt: skip
             checks.integer(name, getattr(self, name), at_least=1)
         checks.integer("seed", self.seed, at_most=2**32 - 1)
+        if self.image_size is not None:
+            checks.integer("image_size", self.image_size, at_least=1)
+            if self.placement != "host":
+                raise ValueError(f"placement must be host with image_size, got {self.placement}")
         if self.width is not None:
             checks.integer("width", self.width, at_least=1)
+        if self.robust_examples is not None:
+            checks.integer("robust_examples", self.robust_examples, at_least=1)
         if self.validation_size is not None:
             checks.integer("validation_size", self.validation_size)
         for name in ("eps", "beta", "weight_decay", "decay", "awp", "penalty_weight"):
             checks.number(name, getattr(self, name), at_least=0)
+        if self.max_margin is not None:
+            checks.number("max_margin", self.max_margin, above=0)
         if self.attack_step_size is not None:
             checks.number("attack_step_size", self.attack_step_size, at_least=0)
-        for name in ("learning_rate", "alpha", "alpha_naive", "max_norm"):
+        for name in ("learning_rate", "alpha", "alpha_naive", "max_norm", "penalty_bound",
+                     "validation_step_size"):  # fmt: skip
             checks.number(name, getattr(self, name), above=0)
+        checks.number("cycle_peak", self.cycle_peak, at_least=0, at_most=1)
+        checks.number("cycle_end", self.cycle_end, at_least=0)
         checks.number("momentum", self.momentum, at_least=0, below=1)
         for before, epoch in zip((0, *self.milestones), self.milestones, strict=False):
             if checks.integer("milestones", epoch) <= before:
                 raise ValueError(f"milestones must rise from 1 on, got {self.milestones}")
+        self._check_combinations()
         for name in ("coordinator_address", "num_processes", "process_id"):
             if getattr(self, name) is not None and not self.distributed:
                 raise ValueError(f"{name} needs distributed, got {getattr(self, name)} without it")
+
+    def _check_combinations(self):
+        """Refuses settings that do not go together."""
+        regularized = self.penalty != "none" or {"foar", "soar"} & set(self.objective)
+        if self.penalty_clip != "none" and not regularized:
+            raise ValueError(
+                f"penalty_clip {self.penalty_clip} needs a penalty, got penalty none and objective "
+                f"{','.join(self.objective)}"
+            )
+        if self.penalty_clip == "value" and "soar" not in self.objective:
+            raise ValueError(
+                f"penalty_clip value is for objective soar, got {','.join(self.objective)}"
+            )
+        if self.penalty_clip == "gradient" and (self.oracle != "plain" or self.awp):
+            raise ValueError(
+                f"penalty_clip gradient needs oracle plain without awp, got {self.oracle}, "
+                f"{self.awp:g}"
+            )
+        if "mma" in self.objective and not (self.max_margin or self.eps):
+            raise ValueError("max_margin must be given for mma with eps 0, got None")
+        if self.oracle == "free" and (set(self.objective) != {"standard"} or self.awp):
+            raise ValueError(
+                "oracle free needs objective standard, whose inputs it perturbs, and no awp, got "
+                f"{','.join(self.objective)}, {self.awp:g}"
+            )
+        if self.warmup == "step" and self.eps_warmup and self.attack_step_size is None:
+            raise ValueError("attack_step_size must be given for warmup step, got None")
+        if "soar" in (self.penalty, *self.objective) and self.norm != "linf":
+            raise ValueError(f"norm must be linf for soar, got {self.norm}")
 
 
 # Settings that say where and how a run is started, not what it computes: they may change when it is

@@ -101,13 +101,42 @@ def test_a_quick_run_of_the_objectives(tmp_path, capsys, monkeypatch):
     names = ("standard", "FGSM", "FGSM + GradAlign")
     chosen = {name: objectives_benchmark.OBJECTIVES[name] for name in names}
     monkeypatch.setattr(objectives_benchmark, "OBJECTIVES", chosen)
+    monkeypatch.setitem(sys.modules, "benchmarks.torch_objectives", None)  # as if without torch
     quick = objectives_benchmark.PRESETS["quick"]
     out = tmp_path / "objectives.json"
     results = objectives_benchmark.main(dataclasses.replace(quick, out=str(out)))
     assert json.loads(out.read_text())["passes"] == results["passes"]
     assert results["passes"]["FGSM"] == {"forward": 2, "backward": 2, "tangent": 0}
+    assert results["predicted"]["FGSM"]["published"] == 2
     assert results["ratios"]["standard / standard"]["median"] == 1
-    assert "aim 2.5" in capsys.readouterr().out
+    assert set(results["compilations"].values()) == {1}
+    assert results["agreement_with_torch"] == {}
+    printed = capsys.readouterr().out
+    assert "aim 2.5" in printed and "No comparison with PyTorch" in printed
+
+
+def test_the_peers_of_the_objectives_compute_what_ours_do(monkeypatch):
+    peers = pytest.importorskip("benchmarks.torch_objectives")
+    names = ("FGSM + GradAlign", "SOAR, PGD-1")
+    chosen = {name: objectives_benchmark.OBJECTIVES[name] for name in names}
+    monkeypatch.setattr(objectives_benchmark, "OBJECTIVES", chosen)
+    settings = objectives_benchmark.PRESETS["quick"]
+    model = models.from_linen(
+        models.PreActResNet(settings.stages, width=settings.width, norm="none")
+    )
+    draw = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(draw.random((2, 4, 4, 3), np.float32)),
+        "label": jnp.arange(2, dtype=jnp.int32),
+        "index": jnp.arange(2, dtype=jnp.int32),
+    }
+    params, _ = agreement.random_variables(model, batch["image"])
+    steps, agreements = objectives_benchmark._torch_steps(peers, settings, model, params, batch)
+    assert agreements.keys() == {title for runs in steps.values() for title in runs}
+    assert max(found["gradient_difference"] for found in agreements.values()) < 1e-3
+    for runs in steps.values():
+        for step in runs.values():
+            step()  # with fresh random numbers
 
 
 def test_a_method_with_an_interval_counts_as_its_mean_step():

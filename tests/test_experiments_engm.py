@@ -15,6 +15,7 @@ from experiments import (
     engm_jobs,
     engm_published,
     engm_studies,
+    jobs,
     noisy_digits,
     training_run,
 )
@@ -76,7 +77,7 @@ def test_every_published_network_is_built(study):
     for job in engm_jobs.jobs_of(study, engm_jobs.BASE, 1):
         facts = dry_run.data_facts(job.settings)
         (objective,) = job.settings.objective
-        parts = training_run.build(job.settings, objective, facts.train_size, facts.num_classes)
+        parts = training_run.build(job.settings, objective, facts)
         assert parts.steps_per_epoch == facts.train_size // job.settings.batch_size
         assert len(job.labels) == len(engm_jobs.LABELS[study])
 
@@ -171,8 +172,8 @@ def test_a_study_of_networks_trains_evaluates_and_resumes(tmp_path, monkeypatch,
     engm.main(settings)
     out = capsys.readouterr().out
     assert "MSGD" in out and "A-ENGM" in out
-    results = json.loads((tmp_path / "w" / "results.json").read_text())["mnist"]
-    assert set(results) == {"MSGD", "A-ENGM", "seconds"}
+    results = json.loads((tmp_path / "w" / "results.json").read_text())["mnist"]["results"]
+    assert set(results) == {"MSGD", "A-ENGM"}
     for name in ("clean", "best", "last", "overfit", "mean_norm", "variance", "correlation"):
         assert np.isfinite(results["MSGD"][name]["mean"])
     records = report.read_metrics(tmp_path / "w/mnist/a-engm-seed0/madry")
@@ -181,9 +182,9 @@ def test_a_study_of_networks_trains_evaluates_and_resumes(tmp_path, monkeypatch,
     assert all("correlation_train" in r for r in records if r["split"] == "gradients")
 
     # Nothing is trained again.
-    monkeypatch.setattr(engm_published.adversarial_training, "train", None)
+    monkeypatch.setattr(jobs.adversarial_training, "train", None)
     engm.main(dataclasses.replace(settings, resume=True))
-    again = json.loads((tmp_path / "w" / "results.json").read_text())["mnist"]
+    again = json.loads((tmp_path / "w" / "results.json").read_text())["mnist"]["results"]
     assert again["MSGD"] == results["MSGD"]
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adversarial_training, command_line, fourier_attack, training_run
+from experiments import adversarial_training, choices, command_line, fourier_attack, training_run
 from robustjax import data, training
 from robustjax.fourier_norms import FourierLInf
 from robustjax.norms import LInf
@@ -130,7 +130,7 @@ def test_a_run_evaluates_checkpoints(tmp_path, capsys):
         objective=("standard",),
         model="linear",
     )
-    parts = training_run.build(train, "standard", 1297, 10)
+    parts = training_run.build(train, "standard", choices.DataFacts((8, 8, 1), 10, 1297))
     params, model_state = parts.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     folder = tmp_path / "models" / "standard"
     report.open_workdir(folder, dataclasses.asdict(train), resume=False)

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from robustjax import models, parallel, training
+from robustjax import data, models, parallel, training
 from robustjax.gradients import FreeState, free, plain
 from robustjax.losses import cross_entropy
 from robustjax.norms import L2, LInf
 from robustjax.objectives import standard
 from robustjax.threat import ThreatModel
+from robustjax.training import feed
 
 KEY = jax.random.key(0)
 N, SHAPE, K, M = 4, (3, 2, 1), 3, 3
@@ -197,3 +198,82 @@ def test_a_batch_of_another_size():
     grad_fn = oracle.oracle(standard()(MODEL.apply))
     with pytest.raises(ValueError, match="images must be a batch of shape"):
         grad_fn(PARAMS, {}, oracle.init(PARAMS), KEY, FIRST)
+
+
+def test_a_schedule_scales_the_radius():
+    half = free(ThreatModel(LInf(), EPS / 2), (N, *SHAPE))
+    scheduled = free(THREAT, (N, *SHAPE), schedule=optax.constant_schedule(0.5))
+    batch = FIRST
+    for _ in range(2):
+        found = []
+        for oracle in (half, scheduled):
+            grad_fn = oracle.oracle(standard()(MODEL.apply))
+            found.append(grad_fn(PARAMS, {}, oracle.init(PARAMS), KEY, batch)[1][1].perturbation)
+        np.testing.assert_allclose(found[0], found[1], atol=1e-7)
+        assert np.abs(found[0]).max() == pytest.approx(EPS / 2)
+        batch = {**batch, "image": batch["image"][::-1]}
+
+
+DIGITS = data.Dataset(DATA["image"][:, :2], DATA["label"], K, "noise")
+
+
+@pytest.fixture(scope="module")
+def feeds():
+    """Data as they reach the step: which example stands first, and a draw of the augmentation."""
+
+    def objective(model_fn):
+        def loss_fn(params, model_state, key, batch):
+            values = params["w"] * jnp.zeros(2)
+            metrics = {"index": batch["index"][:1], "seen": batch["image"].mean()[None]}
+            return values, (model_state, {"loss": values, **metrics})
+
+        return loss_fn
+
+    def augment(keys, x):
+        return x + jax.vmap(lambda key: jax.random.uniform(key))(keys)[:, None, None, None]
+
+    step = training.train_step(
+        MODEL.apply, objective, SGD, augment=augment, replays=M, axis_name=parallel.AXIS
+    )
+    mesh = parallel.device_mesh(jax.devices()[:1])
+
+    def fresh():
+        state = training.create_state({"w": jnp.ones(())}, {}, SGD, KEY)
+        return parallel.replicate(state, mesh)
+
+    def streamed():
+        return feed.streamed(
+            step, lambda at: data.host_batches(DIGITS, batch_size=2, seed=0, start_step=at,
+                                               num_threads=0, prefetch=0),
+            steps_per_epoch=4, mesh=mesh, replays=M,
+        )  # fmt: skip
+
+    resident = feed.resident(step, DIGITS, key=KEY, batch_size=2, mesh=mesh, replays=M)
+    return fresh, {"resident": lambda: resident, "streamed": streamed}
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_minibatches_are_replayed_with_the_same_augmentation(feeds, kind):
+    """Three steps on each; an epoch of four steps sees a minibatch and a third."""
+    fresh, kinds = feeds
+    advance = kinds[kind]()
+    state, seen = fresh(), []
+    for at in range(0, 24, 2):
+        epoch, first = divmod(at, 4)
+        state, metrics = advance(state, epoch, first, 2)
+        seen.append(np.stack([metrics["index"], metrics["seen"]], axis=1))
+    index, draws = np.concatenate(seen).T
+    assert (index.reshape(-1, M) == index[::M, None]).all()
+    assert (draws.reshape(-1, M) == draws[::M, None]).all()
+    assert len(set(draws)) == 24 // M
+    if kind == "resident":
+        order = np.concatenate([data.epoch_batches(KEY, e, 8, 2) for e in range(2)])
+        np.testing.assert_array_equal(index[::M], order[:, 0])
+    else:
+        batches = data.host_batches(DIGITS, batch_size=2, seed=0, num_threads=0, prefetch=0)
+        np.testing.assert_array_equal(index[::M], [next(batches)["index"][0] for _ in range(8)])
+    # From the middle of a minibatch's replays on, in another process.
+    again = fresh()._replace(step=jnp.asarray(10, jnp.int32))
+    _, metrics = kinds[kind]()(again, 2, 2, 2)
+    np.testing.assert_array_equal(metrics["index"], index[10:12])
+    np.testing.assert_array_equal(metrics["seen"], draws[10:12].astype(np.float32))

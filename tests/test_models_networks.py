@@ -61,6 +61,7 @@ def resnet10_size(classes):
         (models.ResNet50(), 23_520_842),
         (models.ResNet50(num_classes=20), 23_541_332),
         (models.ResNet50(num_classes=100), 23_705_252),
+        (models.ResNet50(num_classes=1000, stem="imagenet"), 25_557_032),
         (models.PreActResNet18(), 11_171_146),
         (models.PreActResNet18(final_norm=True), 11_171_146 + 2 * 512),
         (models.PreActResNet18(shortcut="preactivated"), 11_171_146),

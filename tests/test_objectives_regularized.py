@@ -19,6 +19,7 @@ from robustjax.metrics.alignment import (
     input_gradient,
     linearization_error,
 )
+from robustjax.models.convolution import canonical_conv
 from robustjax.norms import L1, L2, LInf
 from robustjax.objectives import (
     augmented_hessian_product,
@@ -270,6 +271,14 @@ def test_mean_square_of_the_product_is_the_frobenius_norm():
         value = soar(0.1, samples=5_000, hessian="exact", bound=bound)(logits_fn, KEY, X[:1], Y[:1])
         sizes[bound] = float(value[0]) / factor
     np.testing.assert_allclose(sizes["frobenius"], frobenius, rtol=0.02)
+    # Power iteration comes to the largest eigenvalue from below.
+    found = []
+    for products in (1, 3, 60):
+        penalty = soar(0.1, samples=products, hessian="exact", bound="spectral")
+        found.append(float(penalty(logits_fn, KEY, X[:1], Y[:1])[0]) / factor)
+    spectral = np.linalg.norm(augmented, 2)
+    assert found[0] < found[1] < spectral * (1 + 1e-5)
+    np.testing.assert_allclose(found[2], spectral, rtol=1e-3)
     assert np.sqrt(2 / np.pi) * frobenius * 0.98 <= sizes["mean"] <= frobenius * 1.02
 
 
@@ -297,6 +306,12 @@ def test_a_flat_loss_leaves_the_floor():
     values = soar(0.1)(lambda x: jnp.zeros((len(x), 2)), KEY, flat, jnp.zeros(1000, jnp.int32))
     factor = (D * 0.1**2 + 1) / 2
     np.testing.assert_allclose(values.mean(), factor * np.sqrt(2 / np.pi), rtol=0.05)
+    spectral = soar(0.1, samples=2, bound="spectral")
+    values, slope = jax.value_and_grad(
+        lambda w: spectral(lambda x: w * jnp.zeros((len(x), 2)), KEY, flat[:2], Y[:2]).mean()
+    )(1.0)
+    np.testing.assert_allclose(values, factor, rtol=1e-5)
+    assert slope == 0
     clipped = soar(0.1, clip=0.3)(lambda x: jnp.zeros((len(x), 2)), KEY, flat, ONE.repeat(1000))
     np.testing.assert_allclose(clipped, np.minimum(values, 0.3), rtol=1e-6)
 
@@ -418,6 +433,76 @@ def test_penalized_is_the_base_and_the_weighted_penalty_where_it_is_told():
     nothing = penalized(standard(), soar(0.1), weight=0.0)(MODEL.apply)
     plain, _ = standard()(MODEL.apply)(PARAMS, {}, KEY, BATCH)
     np.testing.assert_allclose(nothing(PARAMS, {}, KEY, BATCH)[0], plain, rtol=1e-6)
+
+
+LAYERS = 2
+AXES = ("NHWC", "HWIO", "NHWC")
+KERNELS = {
+    "first": jnp.asarray(RNG.normal(size=(3, 3, 3, 4)), jnp.float32),
+    "second": jnp.asarray(RNG.normal(size=(3, 3, 4, 4)), jnp.float32),
+}
+
+
+def number_of_convolutions(objective):
+    """In the compiled program of the gradient of a small network's mean loss."""
+
+    def network(params, x):
+        for kernel in params.values():
+            x = jax.nn.relu(canonical_conv(x, kernel, (1, 1), "SAME", dimension_numbers=AXES))
+        return x.mean((1, 2))
+
+    batch = {**BATCH, "image": jnp.full((N, 4, 4, 3), 0.5)}
+    loss_fn = objective(models.from_function(network).apply)
+    gradient = jax.grad(lambda p: loss_fn(p, {}, KEY, batch)[0].mean())
+    return jax.jit(gradient).lower(KERNELS).compile().as_text().count(" convolution(")
+
+
+def test_no_pass_runs_twice():
+    """A pass has a convolution per layer; the input needs none in a derivative for parameters.
+
+    The derivative of an input gradient for the parameters takes six for a layer: the two passes of
+    the gradient, back through either, and to the parameters of either.
+    """
+    plain, double = 3 * LAYERS - 1, 6 * LAYERS - 1
+    attack = 2 * LAYERS
+    aligned = penalized(madry(fgsm(THREAT)), grad_align(0.1))
+    # The constant gradient of the penalty is that of the attack.
+    assert number_of_convolutions(aligned) == attack + plain + double
+    # The loss is measured in the forward pass of the penalty, and goes back through it with it.
+    assert number_of_convolutions(penalized(standard(), first_order(0.1))) == double
+
+
+def test_sharing_a_forward_pass_changes_nothing():
+    penalty = gradient_penalty()
+
+    def apart(*arguments):  # has no argument for the forward pass
+        return penalty(*arguments)
+
+    def noisy(params, model_state, x, train, key):
+        logits = smooth(params, x)
+        return logits * (1 + 0.5 * jax.random.normal(key, logits.shape)), model_state + 1
+
+    def redrawn(model_fn):
+        loss_fn = standard()(model_fn)
+        return lambda params, model_state, key, batch: loss_fn(
+            params, model_state, jax.random.fold_in(key, 9), batch
+        )
+
+    def value_and_slopes(penalty, base):
+        loss_fn = penalized(base, penalty)(noisy)
+
+        def mean(params):
+            losses, (model_state, _) = loss_fn(params, 0, KEY, BATCH)
+            return losses.mean(), model_state
+
+        return jax.jit(jax.value_and_grad(mean, has_aux=True))(PARAMS)
+
+    # The second one draws another noise for the loss, which must not be that of the penalty.
+    for base in (standard(), redrawn):
+        got, expected = (value_and_slopes(p, base) for p in (penalty, apart))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected
+        )
 
 
 def test_soar_expands_the_loss_at_a_point_of_half_the_radius():

@@ -193,7 +193,9 @@ def pgd(
 
         def step(carry, _):
             z, rule_state, best, stopped = carry
-            inside = threat.clip(z)
+            # All other iterates are in the box. FGSM's is x itself, at which a penalty may want the
+            # same gradient: XLA computes equal expressions once, but knows of no box.
+            inside = z if clip_start else threat.clip(z)
             gradient, (score, prediction, success) = jax.grad(total, has_aux=True)(inside)
             if not clip_start:
                 gradient = jnp.where(z == inside, gradient, 0)

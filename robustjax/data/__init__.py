@@ -2,16 +2,18 @@
 
 sources      ``load`` (in memory) and ``load_source`` (random access): embedded sets, arrays and
              image folders on disk, TensorFlow Datasets; one rule for train, validation and test
-dataset      what they give: ``Dataset``, ``Source``; ``as_float``; the stratified ``hold_out``
+dataset      what they give: ``Dataset``, ``Source``, ``materialise``; ``as_float``; the stratified
+             ``hold_out``
 files        ``.npz`` archives and image folders
 tfds         prepared TensorFlow Datasets
 label_noise  ``redraw_labels`` of a share of the examples
 augment      random crops and flips, one key per example
+resize       images of any size to squares of one, on the host
 pipeline     batches on the device, on the host (grain, one part per process) and for evaluation
 """
 
-from robustjax.data.augment import Augment, crop_and_flip, identity, random_crop, random_flip
-from robustjax.data.dataset import Dataset, Source, as_float, hold_out
+from robustjax.data.augment import Augment, crop, crop_and_flip, identity, random_crop, random_flip
+from robustjax.data.dataset import Dataset, Source, as_float, hold_out, materialise
 from robustjax.data.label_noise import redraw_labels
 from robustjax.data.pipeline import (
     batch_indices,
@@ -23,6 +25,7 @@ from robustjax.data.pipeline import (
     steps_per_epoch,
     take,
 )
+from robustjax.data.resize import center_crop, mapped, random_resized_crop
 from robustjax.data.sources import load, load_source
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "Source",
     "as_float",
     "batch_indices",
+    "center_crop",
+    "crop",
     "crop_and_flip",
     "epoch_batches",
     "epoch_order",
@@ -40,9 +45,12 @@ __all__ = [
     "identity",
     "load",
     "load_source",
+    "mapped",
+    "materialise",
     "on_device",
     "random_crop",
     "random_flip",
+    "random_resized_crop",
     "redraw_labels",
     "steps_per_epoch",
     "take",

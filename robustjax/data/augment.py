@@ -42,6 +42,23 @@ def random_flip(key: Key[Array, ""], x: Float[Array, "h w c"]) -> Float[Array, "
     return jnp.where(jax.random.bernoulli(key), x[:, ::-1], x)
 
 
+def crop(padding: int = 4) -> Augment:
+    """``random_crop``, each example with its own key, for images whose mirror image is another one.
+
+    Args:
+      padding: Zeros on each side before the crop, >= 0.
+
+    Returns:
+      ``augment(keys (n,), x (n, h, w, c)) -> (n, h, w, c)``.
+    """
+    padding = checks.integer("padding", padding)
+
+    def augment(keys: Key[Array, " n"], x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        return jax.vmap(lambda key, x: random_crop(key, x, padding))(keys, x)
+
+    return augment
+
+
 def crop_and_flip(padding: int = 4) -> Augment:
     """``random_crop`` then ``random_flip``, each example with its own key.
 

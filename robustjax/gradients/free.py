@@ -33,6 +33,7 @@ def free(
     replays: int = 8,
     carried: bool = True,
     shared_backward: bool = True,
+    schedule: Callable[[Array], Array] | None = None,
     axis_name: str | None = None,
 ) -> Oracle:
     """Free adversarial training: the gradient at inputs whose perturbation every step improves.
@@ -58,6 +59,7 @@ def free(
       shared_backward: both gradients are those of one backward pass, at the perturbation before the
         step (Shafahi et al.). ``False``: the perturbation moves first, by a pass of its own, and
         the parameters' gradient is taken where it has gone, twice the cost.
+      schedule: factor of eps at each step, in ``[0, 1]``, for a warm-up; default 1.
       axis_name: mapped axis over which the batch is split in order. Each device moves the
         perturbations of its own rows; all gather them.
 
@@ -79,6 +81,8 @@ def free(
     for size in batch_shape:
         checks.integer("batch_shape", size, at_least=1)
     checks.integer("replays", replays, at_least=1)
+    if schedule is not None:
+        checks.function("schedule", schedule)
     for name, value in (("carried", carried), ("shared_backward", shared_backward)):
         checks.choice(name, value, (True, False))
 
@@ -96,9 +100,13 @@ def free(
         start = jax.lax.axis_index(axis_name) * x.shape[0]
         return jax.lax.dynamic_slice_in_dim(perturbation, start, x.shape[0])
 
-    def moved(x: Array, noisy: Array, inside: Array, gradient: Array) -> Array:
+    def moved(count: Array, x: Array, noisy: Array, inside: Array, gradient: Array) -> Array:
+        now = threat
+        if schedule is not None:
+            eps = schedule(count) * threat.eps
+            now = ThreatModel(threat.norm, eps, threat.lower, threat.upper)
         gradient = jnp.where(noisy == inside, gradient, 0)
-        return threat.step(noisy, x, gradient, threat.eps)
+        return now.step(noisy, x, gradient, now.eps)
 
     def oracle(loss_fn: LossFn) -> Callable:
         whole = stages(loss_fn)
@@ -120,10 +128,10 @@ def free(
                 (grads, of_input), aux = jax.grad(mean_loss, argnums=(0, 1), has_aux=True)(
                     params, inside
                 )
-                x_adv = moved(x, noisy, inside, of_input)
+                x_adv = moved(oracle_state.count, x, noisy, inside, of_input)
             else:
                 of_input, _ = jax.grad(mean_loss, argnums=1, has_aux=True)(params, inside)
-                x_adv = moved(x, noisy, inside, of_input)
+                x_adv = moved(oracle_state.count, x, noisy, inside, of_input)
                 grads, aux = jax.grad(mean_loss, has_aux=True)(params, x_adv)
             delta = (x_adv - x).astype(jnp.float32)
             if axis_name is not None:

@@ -4,7 +4,7 @@ An attack maximises these, training minimises their mean. Labels out of range ra
 where their values are known; under ``jit`` they are not.
 
 - ``classification``: ``cross_entropy``, ``kl_divergence``, ``boosted_cross_entropy``
-- ``margins``: ``margin``, ``cw``, ``cw_targeted``, ``dlr``, ``dlr_targeted``
+- ``margins``: ``margin``, ``soft_margin``, ``cw``, ``cw_targeted``, ``dlr``, ``dlr_targeted``
 """
 
 from robustjax.losses.classification import (
@@ -12,7 +12,7 @@ from robustjax.losses.classification import (
     cross_entropy,
     kl_divergence,
 )
-from robustjax.losses.margins import cw, cw_targeted, dlr, dlr_targeted, margin
+from robustjax.losses.margins import cw, cw_targeted, dlr, dlr_targeted, margin, soft_margin
 
 __all__ = [
     "boosted_cross_entropy",
@@ -23,4 +23,5 @@ __all__ = [
     "dlr_targeted",
     "kl_divergence",
     "margin",
+    "soft_margin",
 ]

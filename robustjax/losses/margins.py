@@ -36,6 +36,29 @@ def margin(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Float[Array, " n
     return _largest_other(logits, y) - _of_class(logits, y)
 
 
+def soft_margin(logits: Float[Array, "n k"], y: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Soft logit margin ``logsumexp_{j != y} z_j - z_y``: negative iff ``p_y > 1/2``.
+
+    A smooth upper bound of ``margin``, and equal to it for two classes. The cross-entropy is
+    its softplus, hence flat where it is very negative; this is not.
+
+    Args:
+      logits: scores ``(n, K)``, ``K >= 2``.
+      y: labels ``(n,)``.
+
+    Raises:
+      ValueError: shapes, dtypes or labels do not fit.
+
+    Source: Ding et al. (2020), "MMA training: direct input space margin maximization through
+    adversarial training", section 2.
+    """
+    checks.logits_and_labels(logits, y)
+    logits = logits.astype(jnp.float32)
+    own = jax.nn.one_hot(y, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+    return others - _of_class(logits, y)
+
+
 def cw(
     logits: Float[Array, "n k"], y: Int[Array, " n"], confidence: float = 0.0
 ) -> Float[Array, " n"]:

@@ -5,6 +5,7 @@ example, and differentiable, so that training can use it as a penalty.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,24 @@ from robustjax.losses import cross_entropy
 from robustjax.norms import L2
 
 
+class ForwardPass(NamedTuple):
+    """A model's forward pass at some inputs, to be used more than once.
+
+    Attributes:
+      logits: its result, ``(n, K)``.
+      pullback: from ``jax.vjp`` for the inputs: ``pullback(g (n, K)) -> ((n, ...),)``.
+    """
+
+    logits: Float[Array, "n k"]
+    pullback: Callable
+
+
 def input_gradient(
-    logits_fn: Callable, x: Array, y: Array, loss: Callable = cross_entropy
+    logits_fn: Callable,
+    x: Array,
+    y: Array,
+    loss: Callable = cross_entropy,
+    forward_pass: ForwardPass | None = None,
 ) -> Float[Array, "n ..."]:
     """``d loss_i / d x_i`` of each example's loss, from the derivative of their sum.
 
@@ -25,8 +42,12 @@ def input_gradient(
       x: inputs ``(n, ...)``.
       y: labels, or whatever ``loss`` takes.
       loss: ``loss(logits, y) -> (n,)``.
+      forward_pass: that of ``logits_fn`` at ``x``, if it has been run.
     """
-    return jax.grad(lambda x: loss(logits_fn(x), y).sum())(x)
+    if forward_pass is None:
+        return jax.grad(lambda x: loss(logits_fn(x), y).sum())(x)
+    of_logits = jax.grad(lambda logits: loss(logits, y).sum())(forward_pass.logits)
+    return forward_pass.pullback(of_logits)[0]
 
 
 def cosine(a: Float[Array, "n ..."], b: Float[Array, "n ..."]) -> Float[Array, " n"]:

@@ -1,4 +1,4 @@
-"""Residual networks for small images: ResNet and pre-activation ResNet with a 3x3 stem.
+"""Residual networks: ResNet and pre-activation ResNet, by default with a stem for small images.
 
 Sources: He et al. (2016), "Deep residual learning for image recognition"; He et al. (2016),
 "Identity mappings in deep residual networks". The layout for 32x32 images (3x3 stem without
@@ -153,6 +153,8 @@ class ResNet(nn.Module):
       num_classes: number of logits.
       width: channels of the stem and of the first stage.
       norm: ``"batch"``, ``"group"`` or ``"none"`` (convolutions then have a bias).
+      stem: ``"small"``, a 3x3 convolution, or ``"imagenet"``, a 7x7 convolution of stride 2 and 3x3
+        maximum pooling of stride 2, as in the original.
       conv: ``"canonical"`` or ``"plain"``, see ``Conv``.
       mean, std: input normalisation, per channel; see ``Normalize``.
       dtype: dtype of the computation; parameters, statistics and logits are float32.
@@ -168,6 +170,7 @@ class ResNet(nn.Module):
     num_classes: int = 10
     width: int = 64
     norm: str = "batch"
+    stem: str = "small"
     conv: str = "canonical"
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
@@ -183,8 +186,14 @@ class ResNet(nn.Module):
             self.conv, self.norm, train, self.dtype, self.axis_name, self.kernel_init
         )
         x = Normalize(self.mean, self.std)(x)
-        x = conv(self.width, 3, padding=1, name="stem_conv")(x)
+        large = checks.choice("stem", self.stem, ("small", "imagenet")) == "imagenet"
+        if large:
+            x = conv(self.width, 7, 2, padding=3, name="stem_conv")(x)
+        else:
+            x = conv(self.width, 3, padding=1, name="stem_conv")(x)
         x = jax.nn.relu(norm(x, name="stem_norm"))
+        if large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for name, channels, strides in _blocks(self.stage_sizes, self.width):
             x = block(channels, strides, conv, norm, name=name)(x)
         return classify(x, self.num_classes)

@@ -1,7 +1,7 @@
 """Objectives with a penalty on how the loss behaves around the input.
 
 ``penalized(base, penalty)`` adds any penalty to any objective: GradAlign is FGSM training with
-``grad_align``, SOAR is training at a point near ``x`` with ``soar``.
+``grad_align``, SOAR is training at a point near ``x`` with ``second_order.soar``.
 
 A penalty is ``penalty(logits_fn, keys (n,), x, y) -> (n,)``, the signature of an attack, and is
 differentiated for the parameters inside ``logits_fn`` (double backpropagation). All are finite, and
@@ -21,6 +21,7 @@ penalty                  per example, with ``g(x) = grad_x l(x, y)``
 =======================  ===========================================================
 """
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -28,15 +29,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from robustjax import checks, keys, norms
-from robustjax.attacks import Attack, pgd
 from robustjax.losses import cross_entropy
-from robustjax.metrics.alignment import cosine, input_gradient
+from robustjax.metrics.alignment import ForwardPass, cosine, input_gradient
 from robustjax.norms import L2, LInf, Norm
 from robustjax.objectives.stages import LossFn, Stages, stages
-from robustjax.objectives.standard import ModelFn, Objective, logits_of
-from robustjax.threat import ThreatModel
+from robustjax.objectives.standard import Evaluated, ModelFn, Objective, logits_of
 
-Penalty = Callable[[Callable, Array, Array, Array], Float[Array, " n"]]
+Penalty = Callable[..., Float[Array, " n"]]
 
 
 def penalized(
@@ -47,7 +46,10 @@ def penalized(
     Args:
       base: any objective.
       penalty: ``penalty(logits_fn, keys, x, y) -> (n,)``. Its forward passes use the batch
-        statistics of training mode, and what they would record is discarded.
+        statistics of training mode, and what they would record is discarded. If it has an argument
+        ``forward_pass``, it is given the one at ``x``, a ``metrics.alignment.ForwardPass``, and
+        where ``base`` measures the loss at ``x`` it shares this pass: values are the same, and
+        derivatives go back through it once for both.
       weight: lambda, ``>= 0``; it may be traced.
       at: ``"image"`` or ``"adversarial"``: which inputs of the batch the penalty is taken at.
 
@@ -59,20 +61,30 @@ def penalized(
     checks.function("penalty", penalty)
     checks.number("weight", weight, at_least=0)
     checks.choice("at", at, ("image", "adversarial"))
+    shares = "forward_pass" in inspect.signature(penalty).parameters
 
     def objective(model_fn: ModelFn) -> LossFn:
         parts = stages(base(model_fn))
 
         def outer(params, model_state, key, batch, train=True):
-            losses, (new_state, metrics) = parts.outer(params, model_state, key, batch, train)
-            checks.fields("batch", batch, (at,))
+            checks.fields("batch", batch, (at, "index"))
+            x = batch[at]
 
-            def logits_fn(x):
-                return logits_of(model_fn, params, model_state, key, batch, x, train)[0]
+            def forward(x):
+                return logits_of(model_fn, params, model_state, key, batch, x, train)
 
             # The attack has fold_in(key, 0), the model fold_in(key, 1).
             example_keys = keys.per_example(jax.random.fold_in(key, 2), batch["index"])
-            added = penalty(logits_fn, example_keys, batch[at], batch["label"])
+            arguments = (lambda x: forward(x)[0], example_keys, x, batch["label"])
+            if shares:
+                logits, pullback, state = jax.vjp(forward, x, has_aux=True)
+                added = penalty(*arguments, forward_pass=ForwardPass(logits, pullback))
+                known = (params, model_state, key, batch["index"], x, train)
+                measure = stages(base(Evaluated(model_fn, known, (logits, state)))).outer
+            else:
+                added = penalty(*arguments)
+                measure = parts.outer
+            losses, (new_state, metrics) = measure(params, model_state, key, batch, train)
             added = weight * checks.per_example("penalty", added, losses.shape[0])
             losses = losses + added
             return losses, (new_state, {**metrics, "loss": losses, "penalty": added})
@@ -112,8 +124,8 @@ def grad_align(
     checks.choice("sides", sides, ("one", "two"))
     norm = LInf() if norm is None else norms.check(norm)
 
-    def penalty(logits_fn, key, x, y):
-        first = input_gradient(logits_fn, x, y, loss)
+    def penalty(logits_fn, key, x, y, forward_pass=None):
+        first = input_gradient(logits_fn, x, y, loss, forward_pass)
         if point == "fgsm":
             eta = eps * norm.steepest(jax.lax.stop_gradient(first), batch_ndim=1)
         else:
@@ -145,9 +157,9 @@ def gradient_penalty(
     checks.choice("power", power, (1, 2))
     norm = L2() if norm is None else norms.check(norm)
 
-    def penalty(logits_fn, key, x, y):
+    def penalty(logits_fn, key, x, y, forward_pass=None):
         del key
-        gradient = input_gradient(logits_fn, x, y, loss)
+        gradient = input_gradient(logits_fn, x, y, loss, forward_pass)
         if power == 2 and isinstance(norm, L2):
             return jnp.sum(gradient**2, axis=range(1, gradient.ndim))
         return norm.value(gradient, batch_ndim=1) ** power
@@ -171,145 +183,11 @@ def first_order(
     checks.number("eps", eps, at_least=0)
     norm = LInf() if norm is None else norms.check(norm)
     size = gradient_penalty(norm=norm.dual, power=1, loss=loss)
-    return lambda logits_fn, key, x, y: eps * size(logits_fn, key, x, y)
 
-
-def soar(
-    eps: ArrayLike,
-    *,
-    h: float = 0.01,
-    samples: int = 1,
-    hessian: str = "difference",
-    bound: str = "mean",
-    clip: float | None = None,
-    loss: Callable = cross_entropy,
-) -> Penalty:
-    """SOAR: ``(d eps^2 + 1) / 2 ||H z||_2`` with ``z ~ N(0, I)`` and the augmented Hessian
-
-        ``H = [[K, g], [g^T, 1]]``,    ``K = Hess_x l``,  ``g = grad_x l``,
-
-    of which ``H z = (K z_d + z_1 g, g^T z_d + z_1)`` is one Hessian-vector product. It never falls
-    below ``(d eps^2 + 1) / 2 |z_1|``, its value for a flat loss: a constant without gradient.
-
-    Args:
-      eps: radius of l_inf perturbations, ``>= 0``, in input units; it may be traced.
-      h: length of the finite difference along ``z_d / ||z_d||``, ``> 0``.
-      samples: vectors ``z`` for each example, ``>= 1``.
-      hessian: ``"difference"``: ``K z_d`` by a forward difference, as published; ``"exact"``: by
-        ``jvp`` of the gradient, zero almost everywhere where the network is piecewise linear in
-        its second derivative, as ReLU networks are but for the softmax.
-      bound: ``"mean"``: the mean of ``||H z||``, as published. It estimates ``E ||H z||``, which
-        lies between ``sqrt(2 / pi) ||H||_F`` and ``||H||_F``: the printed inequality with it is no
-        upper bound of the loss in the ball. ``"frobenius"``: the root of the mean of ``||H z||^2``,
-        an unbiased estimate of ``||H||_F`` squared, with which it is one in expectation.
-      clip: the most that the penalty of an example counts; ``None`` for no limit. The paper clips
-        "the regularizer" at 10; a clipped example has no gradient.
-      loss: ``loss(logits, y) -> (n,)``.
-
-    Source: Ma (2025), "Understanding adversarial robustness in deep learning", equations (3.7) to
-    (3.12); Ma, Faghri, Papernot and Farahmand (2020), "SOAR: second-order adversarial
-    regularization". The constant -1/2 of the bound is left out, as there.
-    """
-    checks.number("eps", eps, at_least=0)
-    checks.number("h", h, above=0)
-    checks.integer("samples", samples, at_least=1)
-    checks.choice("hessian", hessian, ("difference", "exact"))
-    checks.choice("bound", bound, ("mean", "frobenius"))
-    if clip is not None:
-        checks.number("clip", clip, above=0)
-
-    def penalty(logits_fn, key, x, y):
-        example_keys = keys.as_per_example(key, x.shape[0])
-
-        def squared_norm(sample):
-            def draw(key):
-                of_x, of_one = jax.random.split(jax.random.fold_in(key, sample))
-                return jax.random.normal(of_x, x.shape[1:], x.dtype), jax.random.normal(of_one)
-
-            z, z_1 = jax.vmap(draw)(example_keys)
-            upper, lower = augmented_hessian_product(
-                logits_fn, x, y, z, z_1, h=h, hessian=hessian, loss=loss
-            )
-            return jnp.sum(upper**2, axis=range(1, x.ndim)) + lower**2
-
-        squares = (
-            jax.lax.map(squared_norm, jnp.arange(samples)) if samples > 1 else squared_norm(0)[None]
-        )
-        # The derivative of the root is not finite at zero.
-        if bound == "frobenius":
-            size = jnp.sqrt(squares.mean(axis=0) + 1e-12)
-        else:
-            size = jnp.sqrt(squares + 1e-12).mean(axis=0)
-        value = (x[0].size * jnp.square(eps) + 1) / 2 * size
-        return value if clip is None else jnp.minimum(value, clip)
+    def penalty(logits_fn, key, x, y, forward_pass=None):
+        return eps * size(logits_fn, key, x, y, forward_pass)
 
     return penalty
-
-
-def augmented_hessian_product(
-    logits_fn: Callable,
-    x: Float[Array, "n ..."],
-    y: Array,
-    z: Float[Array, "n ..."],
-    z_1: Float[Array, " n"],
-    *,
-    h: float = 0.01,
-    hessian: str = "difference",
-    loss: Callable = cross_entropy,
-) -> tuple[Float[Array, "n ..."], Float[Array, " n"]]:
-    """``H (z, z_1) = (K z + z_1 g, g^T z + z_1)`` of each example, see ``soar``.
-
-    Args:
-      logits_fn: ``(n, ...) -> (n, K)``.
-      x: where the loss is expanded.
-      y: labels.
-      z: the part of the vector that belongs to the input.
-      z_1: its last entry.
-      h: length of the finite difference.
-      hessian: ``"difference"`` or ``"exact"``.
-      loss: ``loss(logits, y) -> (n,)``.
-
-    Returns:
-      The two parts of the product, shaped like ``z`` and ``z_1``.
-    """
-
-    def gradient_at(x):
-        return input_gradient(logits_fn, x, y, loss)
-
-    if hessian == "exact":
-        gradient, product = jax.jvp(gradient_at, (x,), (z,))
-    else:
-        gradient = gradient_at(x)
-        moved = gradient_at(x + h * L2().steepest(z, batch_ndim=1))
-        product = _times(L2().value(z, batch_ndim=1) / h, moved - gradient)
-    lower = jnp.sum(gradient * z, axis=range(1, x.ndim)) + z_1
-    return product + _times(z_1, gradient), lower
-
-
-def _times(scalars: Float[Array, " n"], x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-    return scalars.reshape(-1, *[1] * (x.ndim - 1)) * x
-
-
-def evaluation_point(threat: ThreatModel, start: str = "pgd1") -> tuple[Attack, ArrayLike]:
-    """Where SOAR and FOAR expand the loss, and the radius that is left there.
-
-    ``"zero"``: at ``x``, all of eps is left; ``"random"``: uniform in the ball, all of eps;
-    ``"pgd1"``: one step of PGD of length eps / 2 from a uniform start in the ball of half the
-    radius, in which eps / 2 is left.
-
-    Returns:
-      ``(attack, radius)``: ``penalized(madry(attack), soar(radius), at="adversarial")`` is SOAR.
-
-    Source: Ma (2025), algorithm 3.1 and section 3.E. The radius left at the zero and random points
-    is not printed; all of eps is the consistent choice.
-    """
-    checks.choice("start", start, ("zero", "random", "pgd1"))
-    if start == "zero":
-        return pgd(threat, steps=0, start="zero"), threat.eps
-    if start == "random":
-        return pgd(threat, steps=0), threat.eps
-    half = ThreatModel(threat.norm, threat.eps / 2, threat.lower, threat.upper)
-    return pgd(half, steps=1, step_size=half.eps), half.eps
 
 
 def cure(eps: ArrayLike, *, point: str = "fgsm", loss: Callable = cross_entropy) -> Penalty:
@@ -328,9 +206,9 @@ def cure(eps: ArrayLike, *, point: str = "fgsm", loss: Callable = cross_entropy)
     checks.number("eps", eps, at_least=0)
     checks.choice("point", point, ("fgsm", "unit"))
 
-    def penalty(logits_fn, key, x, y):
+    def penalty(logits_fn, key, x, y, forward_pass=None):
         del key
-        gradient = input_gradient(logits_fn, x, y, loss)
+        gradient = input_gradient(logits_fn, x, y, loss, forward_pass)
         direction = LInf().steepest(jax.lax.stop_gradient(gradient), batch_ndim=1)
         if point == "unit":
             direction = L2().steepest(direction, batch_ndim=1)

@@ -19,7 +19,13 @@ from robustjax.training.step import Step, several_resident_steps, several_steps
 
 
 def resident(
-    step: Step, dataset: data.Dataset, *, key: jax.Array, batch_size: int, mesh: Mesh
+    step: Step,
+    dataset: data.Dataset,
+    *,
+    key: jax.Array,
+    batch_size: int,
+    mesh: Mesh,
+    replays: int = 1,
 ) -> Advance:
     """Trains on a data set that every device holds whole; batches are gathered under ``jit``.
 
@@ -29,13 +35,16 @@ def resident(
       key: typed key of the order; epoch ``e`` is shuffled with ``fold_in(key, e)``.
       batch_size: examples of a global batch; the rest of an epoch is dropped.
       mesh: devices.
+      replays: steps in a row on each minibatch, ``>= 1``. An epoch of the loop stays as many steps
+        as there are minibatches: it sees one in ``replays`` of them.
 
     Raises:
       ValueError: the batch does not divide over the devices or exceeds the data set, or ``key`` is
         not a single typed key.
     """
     keys.check_one(key)
-    data.steps_per_epoch(len(dataset.label), batch_size)
+    per_epoch = data.steps_per_epoch(len(dataset.label), batch_size)
+    checks.integer("replays", replays, at_least=1)
     parallel.local_batch_size(batch_size, mesh)
     arrays = parallel.replicate({"image": dataset.image, "label": dataset.label}, mesh)
     steps = parallel.parallel(
@@ -46,14 +55,21 @@ def resident(
         donate_argnums=0,
     )
     columns = parallel.own_rows(batch_size, mesh)
-    epochs: dict[int, np.ndarray] = {}
+    orders: dict[int, np.ndarray] = {}
+
+    def minibatch(number: int) -> np.ndarray:
+        """Row ``number`` of all the passes over the data in a row."""
+        passes, row = divmod(number, per_epoch)
+        if passes not in orders:
+            if len(orders) > 1:  # a dispatch may see the end of a pass and the next one
+                orders.clear()
+            order = data.epoch_batches(key, passes, len(dataset.label), batch_size)
+            orders[passes] = np.asarray(order)
+        return orders[passes][row, columns]
 
     def advance(state, epoch: int, first: int, count: int):
-        if epoch not in epochs:
-            epochs.clear()
-            order = data.epoch_batches(key, epoch, len(dataset.label), batch_size)
-            epochs[epoch] = np.asarray(order)
-        rows = epochs[epoch][first : first + count, columns]
+        at = epoch * per_epoch + first
+        rows = np.stack([minibatch(step // replays) for step in range(at, at + count)])
         return steps(state, arrays, parallel.split(rows, mesh, parallel.SPLIT_SECOND))
 
     advance.compiled = steps
@@ -66,6 +82,7 @@ def streamed(
     *,
     steps_per_epoch: int,
     mesh: Mesh,
+    replays: int = 1,
 ) -> Advance:
     """Trains on batches that the host reads, several of them per dispatch.
 
@@ -75,6 +92,7 @@ def streamed(
         from a step on, as ``robustjax.data.host_batches`` does with ``start_step``.
       steps_per_epoch: to count steps over the run.
       mesh: devices.
+      replays: as for ``resident``; ``batches_from`` counts minibatches.
 
     Raises:
       ValueError: ``steps_per_epoch < 1``; later, if the batches end before the run does, or one
@@ -82,6 +100,7 @@ def streamed(
     """
     checks.function("batches_from", batches_from)
     checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
+    checks.integer("replays", replays, at_least=1)
     steps = parallel.parallel(
         several_steps(step),
         mesh,
@@ -91,10 +110,17 @@ def streamed(
     )
     stream: dict[str, Any] = {"at": None, "batches": None}
 
+    def replayed(at: int) -> Iterator[dict[str, np.ndarray]]:
+        """From a step on: what is left of its minibatch's replays, then those of the next ones."""
+        batches = itertools.chain.from_iterable(
+            itertools.repeat(batch, replays) for batch in batches_from(at // replays)
+        )
+        return itertools.islice(batches, at % replays, None)
+
     def advance(state, epoch: int, first: int, count: int):
         at = epoch * steps_per_epoch + first
         if stream["at"] != at:
-            stream["batches"] = batches_from(at)
+            stream["batches"] = replayed(at)
         stream["at"] = at + count
         share = list(itertools.islice(stream["batches"], count))
         if len(share) < count:

@@ -30,6 +30,7 @@ def train_step(
     *,
     oracle: Oracle | None = None,
     augment: Callable[[Array, Array], Array] | None = None,
+    replays: int = 1,
     axis_name: str | None = None,
 ) -> Step:
     """Builds the training step from its parts.
@@ -40,6 +41,8 @@ def train_step(
       optimizer: optax transform; it is given ``value``, the mean loss, as an extra argument.
       oracle: gradient oracle; default ``plain()``.
       augment: ``augment(keys (n,), images) -> images``, before the attack.
+      replays: steps in a row on each minibatch, ``>= 1``: all of them see the same augmentation, as
+        free adversarial training needs. The caller repeats the minibatches.
       axis_name: the mapped axis over which the batch is split, if any.
 
     Returns:
@@ -56,6 +59,7 @@ def train_step(
     checks.function("model_fn", model_fn)
     checks.function("objective", objective)
     checks.transform("optimizer", optimizer)
+    checks.integer("replays", replays, at_least=1)
     oracle = plain() if oracle is None else oracle
     if not isinstance(oracle, Oracle):
         raise ValueError(f"oracle must be an Oracle such as plain(), got {checks.shown(oracle)}")
@@ -70,6 +74,9 @@ def train_step(
         checks.per_example("index", checks.integers("index", batch["index"]), len(batch["label"]))
         key = jax.random.fold_in(state.key, state.step)
         augment_key, loss_key = jax.random.split(key)
+        if replays > 1:
+            first = state.step - state.step % replays
+            augment_key = jax.random.split(jax.random.fold_in(state.key, first))[0]
         batch = {**batch, "step": state.step}
         if augment is not None:
             example_keys = keys.per_example(augment_key, batch["index"])
