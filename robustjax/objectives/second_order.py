@@ -86,31 +86,33 @@ def soar(
         def squared(upper, lower):
             return jnp.sum(upper**2, axis=range(1, x.ndim)) + lower**2
 
-        def squared_norm(sample):
-            return squared(*times_hessian(*draw(sample)))
+        def squared_norm_of(z, z_1):
+            return squared(*times_hessian(z, z_1))
 
         def to_unit(z, z_1):
             inverse = jax.lax.rsqrt(squared(z, z_1) + 1e-30)
             return _times(inverse, z), inverse * z_1
 
-        # The derivative of the root is not finite at zero.
-        if bound == "spectral":
+        def largest():
+            """Of the vector that all but one of the products have turned to."""
             known = jax.lax.stop_gradient(gradient)
             vector = to_unit(*draw(0))
             if samples > 1:
                 vector = jax.lax.fori_loop(
                     1, samples, lambda _, v: to_unit(*times_hessian(*v, known)), vector
                 )
-            size = jnp.sqrt(squared(*times_hessian(*jax.lax.stop_gradient(vector))) + 1e-12)
-            value = (x[0].size * jnp.square(eps) + 1) / 2 * size
-            return value if clip is None else jnp.minimum(value, clip)
-        squares = (
-            jax.lax.map(squared_norm, jnp.arange(samples)) if samples > 1 else squared_norm(0)[None]
-        )
-        if bound == "frobenius":
-            size = jnp.sqrt(squares.mean(axis=0) + 1e-12)
+            return squared_norm_of(*jax.lax.stop_gradient(vector))
+
+        if bound == "spectral":
+            squares = largest()[None]
+        elif samples == 1:
+            squares = squared_norm_of(*draw(0))[None]
         else:
-            size = jnp.sqrt(squares + 1e-12).mean(axis=0)
+            squares = jax.lax.map(lambda i: squared_norm_of(*draw(i)), jnp.arange(samples))
+        if bound == "frobenius":
+            squares = squares.mean(axis=0, keepdims=True)
+        # The derivative of the root is not finite at zero.
+        size = jnp.sqrt(squares + 1e-12).mean(axis=0)
         value = (x[0].size * jnp.square(eps) + 1) / 2 * size
         return value if clip is None else jnp.minimum(value, clip)
 
