@@ -63,10 +63,7 @@ PUBLISHED = {("madry", "best", "clean"): 84.70, ("madry", "best", "pgd20"): 50.8
 
 def main(settings: Settings) -> None:
     """Runs or resumes the experiment of these settings."""
-    if settings.distributed:
-        jax.distributed.initialize(
-            settings.coordinator_address, settings.num_processes, settings.process_id
-        )
+    command_line.join_hosts(settings)
     if settings.dry_run:
         dry_run(settings)
         return

@@ -26,6 +26,7 @@ ROBUSTBENCH = "Andriushchenko 2024, Understanding generalization and robustness,
 STRUCTURES = "Sanyal 2021, Identifying and exploiting structures for reliable deep learning"
 BRIDGING = "Faghri et al. 2021, Bridging adversarial robustness and optimization bias"
 SECOND_ORDER = "Ma 2025, Understanding adversarial robustness in deep learning, ch. 3 (SOAR)"
+OPTIMIZERS = "Ma 2025, Understanding adversarial robustness in deep learning, ch. 4 (optimizers)"
 DEMO = "robustjax"
 
 ENGM = "python -m experiments.engm"
@@ -112,7 +113,8 @@ CATALOGUE = (
     Entry(FAST_AT, "Fig. 2.9", "gradient alignment at initialisation (Lemma 2)", "yes",
           (f"{FAST} --study=initialization",)),
     Entry(FAST_AT, "Fig. 2.10", "quality of the linear approximation",
-          "part: digits in place of CIFAR-10", (f"{FAST} --study=linearization",)),
+          "yes", (f"{FAST} --study=linearization",
+                  f"{FAST} --preset=paper --study=curves,linearization")),
     Entry(FAST_AT, "Table 2.2", "the weight of GradAlign over eps", "yes", fast("eps")),
     Entry(FAST_AT, "Table 2.3", "PGD-2 with and without random start", "yes",
           (f"{FAST} --study=methods", f"{FAST} --preset=paper --study=pgd2")),
@@ -190,6 +192,10 @@ CATALOGUE = (
     Entry(BRIDGING, "Fig. 5.5", "maximal eps of robust models under the Fourier-l_inf attack",
           "part: models trained here with standard and adversarial training, not the zoo's",
           (f"{FOURIER} --preset=paper",)),
+    Entry(BRIDGING, "Figs. 5.2, 5.3, 5.4, B.1, B.2", "maximal eps of linear models by optimizer, "
+          "regulariser and architecture", "no"),
+    Entry(OPTIMIZERS, "Tables 4.1 to 4.9", "robustness of SGD, Adam and RMSProp", "no"),
+    Entry(OPTIMIZERS, "Figs. 4.1 to 4.20", "irrelevant frequencies, linear dynamics", "no"),
 )  # fmt: skip
 
 

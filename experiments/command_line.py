@@ -22,6 +22,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from robustjax import checks
@@ -130,6 +131,14 @@ def help_text(settings_class: type, presets: Mapping[str, Any], description: str
             text += f"; one of {', '.join(data['choices'])}"
         groups.setdefault(data["group"], ["", data["group"]]).append(f"{text} [{values}]")
     return "\n".join(line for group in groups.values() for line in group)
+
+
+def join_hosts(settings: Any) -> None:
+    """Starts ``jax.distributed`` if the flags of group "hosts" say so; before anything else."""
+    if settings.distributed:
+        jax.distributed.initialize(
+            settings.coordinator_address, settings.num_processes, settings.process_id
+        )
 
 
 def _define(settings_class: type, presets: Mapping[str, Any], values: flags.FlagValues) -> None:

@@ -27,7 +27,6 @@ Source: Dabouei et al. (2022), "Revisiting outer optimization in adversarial tra
 """
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -117,10 +116,7 @@ PRESETS = {
 
 def main(settings: Settings) -> None:
     """Runs or resumes the studies of these settings."""
-    if settings.distributed:
-        jax.distributed.initialize(
-            settings.coordinator_address, settings.num_processes, settings.process_id
-        )
+    command_line.join_hosts(settings)
     if settings.dry_run:
         dry_run(settings)
         return
@@ -136,7 +132,7 @@ def main(settings: Settings) -> None:
 
     run_studies(
         settings,
-        {study: functools.partial(make, study) for study in settings.study},
+        make,
         title="Noisy digits: what the paper finds, and what holds at this size",
     )
 

@@ -16,8 +16,8 @@ variants       GradAlign at FGSM points; penalties without attack (section 2.11.
 large_eps      larger radii (Table 2.7)
 epochs         longer training (Fig. 2.16; not run by default on digits)
 filters, feature_maps    the filters of a single-layer CNN (Figs. 2.5 to 2.7, 2.12, 2.13)
-start, initialization, linearization    Lemma 1, Lemma 2, linear approximation (Figs. 2.2, 2.9,
-               2.10; small preset)
+linearization  quality of the linear approximation (Fig. 2.10; paper: networks of study curves)
+start, initialization    Lemma 1, Lemma 2 (Figs. 2.2, 2.9; small preset)
 steps, pgd2, corners, single_layer, imagenet    Fig. 2.3, Table 2.3, section 2.4, Fig. 2.11, Table
                2.6 (paper preset)
 
@@ -32,7 +32,6 @@ learning", chapter 2.
 """
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -41,7 +40,7 @@ import jax.numpy as jnp
 
 from experiments import command_line, fast_jobs, fast_studies
 from experiments.command_line import setting
-from experiments.fast_published import base_of, run_study
+from experiments.fast_published import base_of, published_linearization, run_study
 from experiments.jobs import print_costs
 from experiments.studies import Study, run_studies
 from robustjax import checks, data, models, training
@@ -53,7 +52,7 @@ CIFAR = fast_studies.Small(
     train_size=50_000, test_size=1000, dataset="cifar10",
 )  # fmt: skip
 FILTERS = ("filters", "feature_maps")
-PAPER = (*fast_jobs.STUDIES, *FILTERS)
+PAPER = (*fast_jobs.STUDIES, "linearization", *FILTERS)
 ALL = tuple(dict.fromkeys((*fast_studies.STUDIES, *PAPER)))
 
 
@@ -118,10 +117,7 @@ PRESETS = {
 
 def main(settings: Settings) -> None:
     """Runs or resumes the studies of these settings."""
-    if settings.distributed:
-        jax.distributed.initialize(
-            settings.coordinator_address, settings.num_processes, settings.process_id
-        )
+    command_line.join_hosts(settings)
     if settings.dry_run:
         dry_run(settings)
         return
@@ -130,13 +126,15 @@ def main(settings: Settings) -> None:
     def make(study: str, workdir: Path) -> Study:
         if settings.scale == "small":
             return fast_studies.STUDIES[study](small)
+        if study == "linearization":
+            return published_linearization(settings, workdir)
         if study in FILTERS:
             return fast_studies.STUDIES[study](CIFAR._replace(data_dir=settings.data_dir))
         return run_study(settings, study, workdir)
 
     run_studies(
         settings,
-        {study: functools.partial(make, study) for study in settings.study},
+        make,
         title="Digits, a single-layer CNN: what the paper finds, and what holds here",
     )
 
@@ -156,6 +154,8 @@ def dry_run(settings: Settings) -> None:
             if study in FILTERS:
                 _print_single_layer(study, CIFAR, (32, 32, 3), 128)
                 continue
+            if study == "linearization":
+                continue  # of the networks of study curves
             networks = fast_jobs.jobs_of(study, base_of(settings), 1)
             print_costs(networks, study, settings.seeds)
         return

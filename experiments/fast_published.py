@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import fast_published_figures, jobs
+from experiments import fast_published_figures, fast_theory, jobs, trained_models
 from experiments.fast_jobs import BASE, LABELS, jobs_of
 from experiments.jobs import Job
 from experiments.studies import Study
 from experiments.training_settings import Settings as Training
-from robustjax import metrics
+from robustjax import data, metrics
 from robustjax.training import report
 
 
@@ -54,6 +54,21 @@ def run_study(settings: Any, study: str, workdir: Path) -> Study:
         table.results,
         figure=functools.partial(_figure, study, networks, table.outcomes),
     )
+
+
+def published_linearization(settings: Any, workdir: Path) -> Study:
+    """Fig. 2.10 from the last networks of the study of curves, on the first 512 test examples."""
+    networks: dict[str, list[Any]] = {}
+    for job in placed_jobs(settings, "curves", workdir):
+        if job.labels[0] in ("Standard", "PGD-10"):
+            jobs.trained(job, "curves")
+            trained = trained_models.load(
+                jobs.model_folder(job), "last", data_dir=settings.data_dir
+            )
+            networks.setdefault(job.labels[0], []).append(trained.logits_fn)
+            examples = trained_models.evaluation_set(job.settings, "test", 512)
+    x = data.as_float(examples.image)
+    return fast_theory.linearization_of(networks, x, examples.label, eps=8 / 255)
 
 
 def _outcome(settings: Any, study: str, job: Job) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """Why a single step may be enough, and when: three quantities of fast adversarial training."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +80,9 @@ def initialization(small: Small, samples: int = 1000) -> Study:
                  {"eps": radii, **found}, claims, figure)  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _errors(filters: int, params, key, x, y, eps):
+@jax.jit
+def _errors(logits_fn, key, x, y, eps):
     """Mean error of the first order for each direction and share of coordinates kept."""
-    logits_fn = models.eval_logits(network(filters).apply, params, {})
     corner_key, keep_key = jax.random.split(key)
     gradient = metrics.input_gradient(logits_fn, x, y)
     random = jax.random.rademacher(corner_key, x.shape, x.dtype)
@@ -100,14 +101,31 @@ def _errors(filters: int, params, key, x, y, eps):
 
 def linearization(small: Small) -> Study:
     """Error of the first order over the l_2 norm at fixed l_inf norm: FGSM and random corners."""
-    test = task(small).test
-    x, y = test["image"], test["label"]
-    found, rows, claims = {}, [], []
-    for training, method in {"standard": "standard", "PGD-10": "PGD-10"}.items():
+    model, test = network(small.filters), task(small).test
+    networks = {}
+    for method in ("standard", "PGD-10"):
         params = fit(small, method, small.eps)
-        last = [jax.tree.map(lambda p, i=i: p[i, -1], params) for i in range(small.seeds)]
-        each = [_errors(small.filters, net, jax.random.key(i), x, y, np.float32(small.eps))
-                for i, net in enumerate(last)]  # fmt: skip
+        last = (jax.tree.map(lambda p, i=i: p[i, -1], params) for i in range(small.seeds))
+        networks[method] = [models.eval_logits(model.apply, net, {}) for net in last]
+    return linearization_of(networks, test["image"], test["label"], eps=small.eps)
+
+
+def linearization_of(
+    networks: Mapping[str, Sequence[Callable]], x: Any, y: Any, *, eps: float
+) -> Study:
+    """The same for any networks.
+
+    Args:
+      networks: name of the training to networks, from ``models.eval_logits``.
+      x: images ``(n, h, w, c)`` in [0, 1].
+      y: labels ``(n,)``.
+      eps: radius.
+    """
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    found, rows, claims = {}, [], []
+    for training, nets in networks.items():
+        each = [_errors(logits_fn, jax.random.key(i), x, y, np.float32(eps))
+                for i, logits_fn in enumerate(nets)]  # fmt: skip
         found[training] = jax.tree.map(lambda *v: np.stack(v), *each)
         mean = {name: values.mean(0) for name, values in found[training].items()}
         for name, values in mean.items():
@@ -122,8 +140,8 @@ def linearization(small: Small) -> Study:
             Claim(f"the error of FGSM over that of random corners, {training} training", "> 1",
                   f"{ratio.min():.2f} to {ratio.max():.2f}", bool((ratio > 1).all()))
         )  # fmt: skip
-    length = small.eps * np.sqrt(np.asarray(KEPT) * x[0].size)
+    length = eps * np.sqrt(np.asarray(KEPT) * x[0].size)
     figure = functools.partial(fast_figures.linearization, length=length, found=found)
     columns = ["training", "direction", *(f"{100 * kept:g} % kept" for kept in KEPT)]
-    return Study(f"Error of the first order, eps = {small.eps:g}", columns, rows,
+    return Study(f"Error of the first order, eps = {eps:.4g}", columns, rows,
                  {"l2_norm": length, **found}, claims, figure)  # fmt: skip

@@ -28,7 +28,6 @@ Source: Ma (2025), "Understanding adversarial robustness in deep learning", chap
 """
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -100,10 +99,7 @@ PRESETS = {
 
 def main(settings: Settings) -> None:
     """Runs or resumes the studies of these settings."""
-    if settings.distributed:
-        jax.distributed.initialize(
-            settings.coordinator_address, settings.num_processes, settings.process_id
-        )
+    command_line.join_hosts(settings)
     if settings.dry_run:
         dry_run(settings)
         return
@@ -118,7 +114,7 @@ def main(settings: Settings) -> None:
 
     run_studies(
         settings,
-        {study: functools.partial(make, study) for study in settings.study},
+        make,
         title="Digits, a perceptron: what the thesis finds, and what holds at this size",
     )
 

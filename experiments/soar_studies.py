@@ -129,7 +129,7 @@ def _claims(mean: Mapping[str, Mapping[str, float]]) -> list[Claim]:
     confidence = {m: 100 * mean[m]["confidence"] for m in points}
     at_pgd1 = pgd["SOAR, PGD-1"]
     others = max(pgd["SOAR, zero"], pgd["SOAR, random"])
-    masked = max(transfer["SOAR, zero"], transfer["SOAR, random"])
+    elsewhere = max(transfer["SOAR, zero"], transfer["SOAR, random"])
 
     def listed(values):
         return ", ".join(f"{v:.1f}" for v in values.values())
@@ -140,8 +140,8 @@ def _claims(mean: Mapping[str, Mapping[str, float]]) -> list[Claim]:
               at_pgd1 >= pgd["standard"] + 25),
         Claim("SOAR with PGD-1 points over zero and random ones, PGD-20", f"> {others:.1f} %",
               f"{at_pgd1:.1f} %", at_pgd1 > others),
-        Claim("SOAR with PGD-1 points over zero and random ones, transfer", f"> {masked:.1f} %",
-              f"{transfer['SOAR, PGD-1']:.1f} %", transfer["SOAR, PGD-1"] > masked),
+        Claim("SOAR with PGD-1 points over zero and random ones, transfer", f"> {elsewhere:.1f} %",
+              f"{transfer['SOAR, PGD-1']:.1f} %", transfer["SOAR, PGD-1"] > elsewhere),
         Claim("zero points leave the fewest non-zero input gradients", "SOAR, zero",
               listed(nonzero), min(nonzero, key=nonzero.__getitem__) == "SOAR, zero"),
         Claim("zero points give the highest confidence", "SOAR, zero", listed(confidence),

@@ -39,15 +39,13 @@ class Study(NamedTuple):
     figure: Callable[[Path], None] | None = None
 
 
-def run_studies(
-    settings: Any, studies: Mapping[str, Callable[[Path], Study]], *, title: str
-) -> dict[str, Any]:
+def run_studies(settings: Any, make: Callable[[str, Path], Study], *, title: str) -> dict[str, Any]:
     """Runs studies one after the other; what is done is written before the next one begins.
 
     Args:
-      settings: of the entry point: ``workdir``, ``resume`` and ``assert_claims`` are looked at, and
-        what is not in ``NOT_OF_A_STUDY`` must be the same when a run is resumed.
-      studies: name to a function of the folder of the results.
+      settings: of the entry point: ``study``, ``workdir``, ``resume`` and ``assert_claims`` are
+        looked at, and what is not in ``NOT_OF_A_STUDY`` must be the same when a run is resumed.
+      make: ``make(study, workdir)`` runs one.
       title: of the table of claims.
 
     Returns:
@@ -63,9 +61,9 @@ def run_studies(
     path = workdir / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     claims: list[Claim] = []
-    for name, study in studies.items():
+    for name in settings.study:
         began = time.monotonic()
-        found = study(workdir)
+        found = make(name, workdir)
         if found.rows:
             report.print_table(found.title, found.columns, found.rows)
         if found.figure is not None and report.is_writer():

@@ -48,6 +48,14 @@ def test_drop_is_an_argument():
     assert catastrophic_overfitting([0.4, 0.3], [0.5, 0.5], drop=0.2).any()
 
 
+@pytest.mark.parametrize(
+    "history, kept",
+    [([0.3, 0.5, 0.45, 0.1, 0.6], 2), ([0.3, 0.2, 0.1], 2), ([0.5, 0.1], 0), ([0.4], 0)],
+)
+def test_early_stopping_before_the_first_fall(history, kept):
+    assert early_stopping(history, fall=0.2) == kept
+
+
 def test_early_stopping_keeps_the_first_of_the_best():
     assert early_stopping(PGD) == 2
     assert early_stopping([0.1, 0.3, 0.3, 0.2, 0.3]) == 1
