@@ -18,8 +18,11 @@ FOUNDATION = {
     "threat",
     "lp",
     "frequency",
+    "dct",
     "fourier_norms",
     "hyperplane",
+    "spectral",
+    "lipschitz",
     "parallel",
 }
 SIDE = {"optim", "models", "data", "metrics", "theory"}
@@ -34,11 +37,11 @@ ALLOWED = {
     "parallel": {"checks"},
     "norms": {"checks", "lp"},
     "fourier_norms": {"checks", "lp", "frequency", "norms"},
+    "dct": {"checks", "keys", "frequency", "norms"},
+    "spectral": {"checks", "keys", "norms"},
+    "lipschitz": {"checks", "keys", "norms", "spectral"},
     "threat": {"checks", "keys", "norms", "lp"},
-    **{
-        room: {"checks", "keys", "norms", "fourier_norms", "lp", "frequency", "losses"}
-        for room in SIDE
-    },
+    **{room: FOUNDATION - {"threat", "hyperplane", "parallel"} | {"losses"} for room in SIDE},
     **{room: FOUNDATION | SIDE | set(CHAIN[:i]) for i, room in enumerate(CHAIN)},
 }
 ALLOWED["losses"] = FOUNDATION

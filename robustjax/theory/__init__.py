@@ -3,12 +3,17 @@
 - ``clipped_gradients``: variance and convergence with bounded gradients; ``clip``,
   ``clipped_variance``, ``variance_bound``; ``descent_bound``, ``best_learning_rate``,
   ``simulate_descent``
+- ``frequency_regression``: linear regression in frequency space; risks, irrelevant frequencies,
+  gradient descent in closed form, ``simulate`` with any optimizer
 - ``linear_regression``: training that leaves a model open to attack, its exact adversarial penalty,
   noise as a penalty, augmented and self-trained estimators
 - ``logistic_regression``: the surrogates of the attacked loss, and when they vanish
 - ``random_search``: ``random_search``, its rate ``gradient_norm_bound`` with the constants of
   ``sphere_constants`` and ``multiple_constants``, the samplers ``sample_single``,
   ``sample_multiple`` and ``sample_sphere`` of its steps
+- ``sign_descent``: signGD on three frequencies; its table of steps, the drift of the irrelevant
+  weight and the adversarial risk it costs
+- ``sign_regions``: where it goes; ``step``, ``classify``, ``steps_to_rest``, ``limits``
 - ``single_step``: fast adversarial training; ``random_start_rms`` (lemma 1), ``alignment_bounds``
   and ``random_network_alignment`` (lemma 2) with ``network_input_gradient``,
   ``single_filter_alignment``, ``activation_bound``, ``grad_align_weight``
@@ -16,11 +21,17 @@
 - ``trust_region``: ``quadratic_maximum`` over a ball and what SOAR bounds it by,
   ``augmented_hessian``, ``augmented_bound``, ``expected_product_norm``
 
-The two regressions are used by their modules, ``theory.linear_regression.risk``; all other names
-are here too.
+The regressions, ``sign_descent`` and ``sign_regions`` are used by their modules,
+``theory.linear_regression.risk``; all other names are here too.
 """
 
-from robustjax.theory import linear_regression, logistic_regression
+from robustjax.theory import (
+    frequency_regression,
+    linear_regression,
+    logistic_regression,
+    sign_descent,
+    sign_regions,
+)
 from robustjax.theory.clipped_gradients import (
     DescentTrace,
     best_learning_rate,
@@ -78,6 +89,7 @@ __all__ = [
     "count_windows",
     "descent_bound",
     "expected_product_norm",
+    "frequency_regression",
     "grad_align_weight",
     "gradient_norm_bound",
     "linear_regression",
@@ -93,6 +105,8 @@ __all__ = [
     "sample_multiple",
     "sample_single",
     "sample_sphere",
+    "sign_descent",
+    "sign_regions",
     "simulate_descent",
     "single_filter_alignment",
     "sphere_constants",
