@@ -5,7 +5,7 @@ Euclidean norm, and its inverse is its adjoint. (Without the factor all norms be
 ``sqrt(d)``.) A signal is a vector ``(d,)``; an image ``(h, w, c)`` is transformed over its two
 spatial axes, each channel for itself. With ``batch_ndim=k`` the ``k`` leading axes are batch axes.
 Frequencies are ordered as ``jnp.fft.fftfreq`` has them, in cycles per sample (pixel), from -1/2
-to 1/2.
+to 1/2. The cosine transform, with its filters and bands, is in ``robustjax.dct``.
 """
 
 import jax.numpy as jnp

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from robustjax import checks, keys
 from robustjax.attacks.stepwise import LogitsFn, StepwiseAttack, rows
+from robustjax.dct import dct_matrix
 from robustjax.losses import cross_entropy
 from robustjax.metrics import correct
 from robustjax.norms import LInf
@@ -210,14 +211,8 @@ def _cosines(index: Int[Array, " n"], x: Float[Array, "n h w c"]) -> Float[Array
     """Orthonormal cosine images: the index counts vertical, horizontal frequency and channel."""
     height, width, channels = x.shape[1:]
     down, across, channel = jnp.unravel_index(index, (height, width, channels))
-    column, row = _cosine_table(height, x)[down], _cosine_table(width, x)[across]
+    column = jnp.asarray(dct_matrix(height), x.dtype)[down]
+    row = jnp.asarray(dct_matrix(width), x.dtype)[across]
     only = jnp.arange(channels) == channel[:, None]
     q = column[:, :, None, None] * row[:, None, :, None] * only[:, None, None, :]
     return q
-
-
-def _cosine_table(length: int, like: Array) -> Float[Array, "k k"]:
-    """Row ``k`` is the orthonormal vector of the k-th cosine (DCT-II)."""
-    k, m = np.ogrid[:length, :length]
-    table = np.cos(np.pi * k * (m + 0.5) / length) * np.sqrt(np.where(k == 0, 1, 2) / length)
-    return jnp.asarray(table, like.dtype)

@@ -30,12 +30,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import scipy.fft
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from robustjax import checks, keys, norms
+from robustjax.dct import dct_matrix
 from robustjax.norms import L2, Norm
 
 
@@ -345,9 +344,7 @@ def _squared_residual(population: Population, weights: Array) -> Array:
 
 
 def _dct(like: Array) -> Array:
-    """``C_kj = sqrt(alpha_k / d) cos(pi (j + 1/2) k / d)``, ``alpha_0 = 1``, else 2; see (4.4)."""
-    matrix = scipy.fft.dct(np.eye(like.shape[-1]), axis=0, norm="ortho")
-    return jnp.asarray(matrix, like.dtype)
+    return jnp.asarray(dct_matrix(like.shape[-1]), like.dtype)
 
 
 def _checked(population: Population, weights: Array | None = None) -> tuple[Array, Array]:
