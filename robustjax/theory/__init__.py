@@ -5,12 +5,18 @@
   ``simulate_descent``
 - ``frequency_regression``: linear regression in frequency space; risks, irrelevant frequencies,
   gradient descent in closed form, ``simulate`` with any optimizer
+- ``linear_networks``: convolutional and fully connected; effective weights and what descent prefers
 - ``linear_regression``: training that leaves a model open to attack, its exact adversarial penalty,
   noise as a penalty, augmented and self-trained estimators
 - ``logistic_regression``: the surrogates of the attacked loss, and when they vanish
+- ``max_margin``: the most robust linear classifier; ``max_margin`` solves, ``descend`` tends to it
+- ``norm_balls``: ``ball_volume``
 - ``random_search``: ``random_search``, its rate ``gradient_norm_bound`` with the constants of
   ``sphere_constants`` and ``multiple_constants``, the samplers ``sample_single``,
   ``sample_multiple`` and ``sample_sphere`` of its steps
+- ``robust_classifiers``: the largest perturbation that a linear classifier withstands, and the
+  certificate that no other withstands a larger one
+- ``saddle_point``: training under attack and with a penalty; thresholds and failures
 - ``sign_descent``: signGD on three frequencies; its table of steps, the drift of the irrelevant
   weight and the adversarial risk it costs
 - ``sign_regions``: where it goes; ``step``, ``classify``, ``steps_to_rest``, ``limits``
@@ -21,14 +27,19 @@
 - ``trust_region``: ``quadratic_maximum`` over a ball and what SOAR bounds it by,
   ``augmented_hessian``, ``augmented_bound``, ``expected_product_norm``
 
-The regressions, ``sign_descent`` and ``sign_regions`` are used by their modules,
+The regressions, ``linear_networks``, ``max_margin``, ``robust_classifiers``, ``saddle_point``,
+``sign_descent`` and ``sign_regions`` are used by their modules,
 ``theory.linear_regression.risk``; all other names are here too.
 """
 
 from robustjax.theory import (
     frequency_regression,
+    linear_networks,
     linear_regression,
     logistic_regression,
+    max_margin,
+    robust_classifiers,
+    saddle_point,
     sign_descent,
     sign_regions,
 )
@@ -41,6 +52,7 @@ from robustjax.theory.clipped_gradients import (
     simulate_descent,
     variance_bound,
 )
+from robustjax.theory.norm_balls import ball_volume
 from robustjax.theory.random_search import (
     SearchConstants,
     SearchTrace,
@@ -82,6 +94,7 @@ __all__ = [
     "alignment_bounds",
     "augmented_bound",
     "augmented_hessian",
+    "ball_volume",
     "best_learning_rate",
     "clip",
     "clipped_variance",
@@ -92,8 +105,10 @@ __all__ = [
     "frequency_regression",
     "grad_align_weight",
     "gradient_norm_bound",
+    "linear_networks",
     "linear_regression",
     "logistic_regression",
+    "max_margin",
     "max_windows",
     "mean_response",
     "multiple_constants",
@@ -102,6 +117,8 @@ __all__ = [
     "random_network_alignment",
     "random_search",
     "random_start_rms",
+    "robust_classifiers",
+    "saddle_point",
     "sample_multiple",
     "sample_single",
     "sample_sphere",
