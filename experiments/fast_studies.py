@@ -340,6 +340,6 @@ STUDIES: Mapping[str, Callable[[Small], Study]] = {
     "initialization": fast_theory.initialization,
     "linearization": fast_theory.linearization,
 }
-# Left out by default: networks that train four times as long as the others, and a radius at which no
-# network of this size learns.
+# Left out by default: networks that train four times as long as the others, and a radius at which
+# no network of this size learns.
 DEFAULT = tuple(name for name in STUDIES if name not in ("epochs", "large_eps"))
