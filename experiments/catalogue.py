@@ -196,8 +196,8 @@ CATALOGUE = (
           (f"{FOURIER} --preset=paper",)),
     Entry(BRIDGING, "Figs. 5.2, 5.3, 5.4, B.1, B.2", "maximal eps of linear models by optimizer, "
           "regulariser and architecture", "no"),
-    Entry(OPTIMIZERS, "Tables 4.1, 4.3, Fig. 4.1", "robustness and Lipschitz bounds of SGD, Adam and "
-          "RMSProp", SMALL, (f"{OPTIMIZER} --study=robustness",)),
+    Entry(OPTIMIZERS, "Tables 4.1, 4.3, Fig. 4.1", "robustness and Lipschitz bounds of SGD, Adam "
+          "and RMSProp", SMALL, (f"{OPTIMIZER} --study=robustness",)),
     Entry(OPTIMIZERS, "Table 4.7", "SGD with momentum", SMALL,
           (f"{OPTIMIZER} --study=momentum",)),
     Entry(OPTIMIZERS, "Tables 4.4, 4.5, 4.6", "BatchNorm, a ViT's head, speech commands", "no"),
@@ -205,11 +205,11 @@ CATALOGUE = (
           (f"{OPTIMIZER} --study=energy",)),
     Entry(OPTIMIZERS, "Fig. 4.3", "training on filtered images", SMALL,
           (f"{OPTIMIZER} --study=filters",)),
-    Entry(OPTIMIZERS, "Figs. 4.4, 4.11 to 4.16, 4.18 to 4.20", "filtered and attacked images", SMALL,
-          (f"{OPTIMIZER} --study=panels,perturbed",)),
+    Entry(OPTIMIZERS, "Figs. 4.4, 4.11 to 4.16, 4.18 to 4.20", "filtered and attacked images",
+          SMALL, (f"{OPTIMIZER} --study=panels,perturbed",)),
     Entry(OPTIMIZERS, "Figs. 4.5, 4.6, 4.17", "noise in ten bands of frequencies", SMALL,
           (f"{OPTIMIZER} --study=bands",)),
-    Entry(OPTIMIZERS, "Figs. 4.7, 4.8, 4.9, Table 4.9", "linear regression under GD and signGD", "yes",
+    Entry(OPTIMIZERS, "Figs. 4.7, 4.8, 4.9, Table 4.9", "linear regression, GD and signGD", "yes",
           (f"{OPTIMIZER} --study=dynamics,regions",)),
 )  # fmt: skip
 
