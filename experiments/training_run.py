@@ -287,10 +287,12 @@ def run_objective(
     evaluate = training.make_evaluator(
         parts.exact_model.apply, test_attacks(settings, parts.threat), mesh
     )
-    evaluate_clean = training.make_evaluator(parts.exact_model.apply, {}, mesh)
     attacked = splits["test"]
     if settings.robust_examples is not None:
         attacked = attacked.subset(np.arange(min(settings.robust_examples, len(attacked))))
+    evaluate_clean = None
+    if len(attacked) < len(splits["test"]):
+        evaluate_clean = training.make_evaluator(parts.exact_model.apply, {}, mesh)
     results: dict[str, Any] = {
         "objective": objective,
         "parameters": training.parameter_count(params),
@@ -304,7 +306,7 @@ def run_objective(
             continue
         test = data.eval_batches(attacked, settings.test_batch_size)
         verdicts = evaluate(state.params, state.model_state, test_key, test)
-        if len(attacked) < len(splits["test"]):
+        if evaluate_clean is not None:
             whole = data.eval_batches(splits["test"], settings.test_batch_size)
             verdicts |= evaluate_clean(state.params, state.model_state, test_key, whole)
         results[name] = {

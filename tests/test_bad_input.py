@@ -586,7 +586,7 @@ FLAGS = {
     "--attack=apgd": r"--attack=apgd: .*<fgsm\|fgsm_rs\|pgd",
     "--precision=fp8": r"--precision=fp8: .*<float32\|bfloat16>",
     "--preset=big": r"--preset=big: .*<small\|paper>",
-    "--objective=clean": "--objective=clean: must be of standard, madry, trades, mart, got 'clean'",
+    "--objective=clean": "--objective=clean: must be of standard, madry, trades, .*got 'clean'",
     "--objective=": "--objective=: must name at least one of standard, madry, trades",
     "--objective=madry,madry": "objective must name each one once, got madry,madry",
     "--atack=pgd": "unknown flag --atack, did you mean --attack",
