@@ -13,6 +13,7 @@ from experiments.claims import Claim
 from experiments.fast_networks import Small, fit, network, task
 from experiments.studies import Study
 from robustjax import metrics, models, theory
+from robustjax.norms import LInf
 
 KEPT = (0.125, 0.25, 0.5, 0.75, 1.0)
 
@@ -85,9 +86,10 @@ def _errors(logits_fn, key, x, y, eps):
     """Mean error of the first order for each direction and share of coordinates kept."""
     corner_key, keep_key = jax.random.split(key)
     gradient = metrics.input_gradient(logits_fn, x, y)
+    direction = LInf().steepest(gradient, batch_ndim=1)
     random = jax.random.rademacher(corner_key, x.shape, x.dtype)
     # A pixel without gradient has no sign; at a corner it must have one.
-    corners = {"FGSM": jnp.where(gradient == 0, random, jnp.sign(gradient)), "random": random}
+    corners = {"FGSM": jnp.where(gradient == 0, random, direction), "random": random}
     place = jax.random.uniform(keep_key, (x.shape[0], x[0].size)).argsort(axis=1).argsort(axis=1)
     place = place.reshape(x.shape)
 

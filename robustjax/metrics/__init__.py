@@ -11,7 +11,7 @@
   ``robust_overfitting``
 - ``overfitting``: ``catastrophic_overfitting``, ``early_stopping``: from the curves of a training
 - ``alignment``: ``gradient_alignment``, ``linearization_error``: how linear the loss is around an
-  example; ``input_gradient``, ``cosine``
+  example; ``input_gradient``, ``cosine``; ``ForwardPass``, one that is used more than once
 - ``landscape``: ``loss_plane`` around an example, and its ``curvature``
 - ``statistics``: ``bootstrap_mean`` over seeds
 - ``queries``: ``query_statistics``, ``common_query_statistics``, ``success_curve``: of black-box
@@ -20,6 +20,7 @@
 
 from robustjax.metrics.accuracy import correct, cumulative_accuracy, instantaneous_accuracy
 from robustjax.metrics.alignment import (
+    ForwardPass,
     cosine,
     gradient_alignment,
     input_gradient,
@@ -60,6 +61,7 @@ from robustjax.metrics.statistics import ConfidenceInterval, bootstrap_mean
 
 __all__ = [
     "ConfidenceInterval",
+    "ForwardPass",
     "GradientMoments",
     "LossPlane",
     "MinimumNormReport",

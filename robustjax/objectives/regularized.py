@@ -47,7 +47,7 @@ def penalized(
       base: any objective.
       penalty: ``penalty(logits_fn, keys, x, y) -> (n,)``. Its forward passes use the batch
         statistics of training mode, and what they would record is discarded. If it has an argument
-        ``forward_pass``, it is given the one at ``x``, a ``metrics.alignment.ForwardPass``, and
+        ``forward_pass``, it is given the one at ``x``, a ``metrics.ForwardPass``, and
         where ``base`` measures the loss at ``x`` it shares this pass: values are the same, and
         derivatives go back through it once for both.
       weight: lambda, ``>= 0``; it may be traced.
