@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments import command_line, trained_models
-from experiments.dry_run import dry_run
+from experiments.dry_run import described, dry_run
 from experiments.training_run import build, facts_of, load_split, run_objective, squared
 from experiments.training_settings import NOT_OF_THE_RUN, Settings
 from robustjax import checks
@@ -63,7 +63,6 @@ PUBLISHED = {("madry", "best", "clean"): 84.70, ("madry", "best", "pgd20"): 50.8
 
 def main(settings: Settings) -> None:
     """Runs or resumes the experiment of these settings."""
-    command_line.join_hosts(settings)
     if settings.dry_run:
         dry_run(settings)
         return
@@ -88,6 +87,8 @@ def train(settings: Settings) -> dict[str, Any]:
     start = None
     if settings.start_from is not None:
         start = trained_models.variables(settings.start_from, data_dir=settings.data_dir)
+    if settings.pretrained is not None:
+        start = trained_models.encoder(settings, facts_of(settings, splits["train"]))
     for objective in settings.objective:
         build(settings, objective, facts_of(settings, splits["train"]))
     workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
@@ -96,6 +97,8 @@ def train(settings: Settings) -> dict[str, Any]:
         own = report.open_workdir(
             workdir / objective, {**config, "objective": [objective]}, resume=settings.resume
         )
+        facts = facts_of(settings, splits["train"])
+        report.print_lines(*described(settings, objective, facts))
         results[objective] = run_objective(settings, objective, splits, own, start)
     if report.is_writer():
         report.write_json(workdir / "results.json", results)

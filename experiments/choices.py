@@ -3,6 +3,7 @@
 These tables are the only place where a name becomes a part of the library.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from robustjax import attacks, checks, data, gradients, losses, models, objectives, optim
+from robustjax import attacks, checks, data, dct, gradients, losses, models, objectives, optim
 from robustjax.norms import L1, L2, LInf, Norm
 from robustjax.threat import ThreatModel
 
@@ -20,9 +21,12 @@ PRECISIONS: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat1
 
 
 class DataFacts(NamedTuple):
-    """What a dry run must know of a data set that need not be there: shape and sizes."""
+    """What a dry run must know of a data set that need not be there: shape and sizes.
 
-    image_shape: tuple[int, int, int]
+    Images are ``(h, w, c)``, waveforms ``(samples, 1)``.
+    """
+
+    image_shape: tuple[int, ...]
     num_classes: int
     train_size: int
 
@@ -32,7 +36,13 @@ DATA_FACTS: Mapping[str, DataFacts] = {
     "cifar100": DataFacts((32, 32, 3), 100, 50_000),
     "svhn_cropped": DataFacts((32, 32, 3), 10, 73_257),
     "mnist": DataFacts((28, 28, 1), 10, 60_000),
+    "fashion_mnist": DataFacts((28, 28, 1), 10, 60_000),
+    # Images of several sizes: image_size makes squares of them.
+    "caltech101": DataFacts((224, 224, 3), 102, 3_059),
+    "imagenette": DataFacts((224, 224, 3), 10, 9_469),
     "imagenet2012": DataFacts((224, 224, 3), 1000, 1_281_167),
+    # Ten words, silence, and everything else.
+    "speech_commands": DataFacts((16_000, 1), 12, 85_511),
     # Not in TFDS: arrays on disk, see README.
     "npz:tiny_imagenet.npz": DataFacts((64, 64, 3), 200, 100_000),
 }
@@ -71,6 +81,42 @@ def _single_layer_cnn(num_classes: int, width: int | None, norm: str, dtype: Any
     return models.SingleLayerCNN(num_classes=num_classes, filters=filters, dtype=dtype)
 
 
+def _mnist_cnn(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    del norm  # has no normalisation layers
+    width = 16 if width is None else width
+    return models.MNISTCNN(num_classes=num_classes, channels=(width, 2 * width), dtype=dtype)
+
+
+def _m5(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    width = 128 if width is None else width
+    widths = (width, width, 2 * width, 4 * width)
+    return models.M5(num_classes=num_classes, widths=widths, norm=norm, dtype=dtype)
+
+
+def _vit_b16(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
+    del norm  # normalises layers
+    width = 768 if width is None else width
+    return models.ViT_B16(
+        num_classes=num_classes,
+        width=width,
+        mlp_width=4 * width,
+        num_heads=max(width // 64, 1),
+        mean=0.5,  # as published weights want it
+        std=0.5,
+        dtype=dtype,
+    )
+
+
+# As the study of optimizers trains it, with or without BatchNorm: Ma, Pan and Farahmand (2023).
+_plain_preact18 = functools.partial(
+    models.PreActResNet18,
+    shortcut="preactivated",
+    use_bias=False,
+    kernel_init=models.torch_default,
+    head_init=models.torch_default,
+)
+
+
 def _mlp(num_classes: int, width: int | None, norm: str, dtype: Any) -> nn.Module:
     del norm  # has no normalisation layers
     width = 256 if width is None else width
@@ -87,12 +133,17 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mlp": _mlp,
     "small_cnn": _small_cnn,
     "single_layer_cnn": _single_layer_cnn,
+    "mnist_cnn": _mnist_cnn,
+    "m5": _m5,
+    "vit_b16": _vit_b16,
     "resnet10": _residual(models.ResNet10),
     "resnet18": _residual(models.ResNet18),
     "resnet34": _residual(models.ResNet34),
     "resnet50": _residual(models.ResNet50),
     "resnet50_imagenet": _residual(functools.partial(models.ResNet50, stem="imagenet")),
     "preact_resnet18": _residual(models.PreActResNet18),
+    "preact_resnet18_cifar": _residual(_plain_preact18),
+    "preact_resnet18_imagenet": _residual(functools.partial(_plain_preact18, stem="imagenet")),
     "wrn28": _wide(28),
     "wrn34": _wide(34),
     "vgg8": _residual(models.VGG8),
@@ -100,11 +151,16 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cnn8": _residual(models.CNN8),
 }
 
-AUGMENTATIONS = ("none", "crop", "crop_and_flip")
+AUGMENTATIONS = ("none", "flip", "crop", "crop_and_flip")
+FILTERS: Mapping[str, Callable[[Any, float], Any]] = {
+    "energy": dct.energy_filter,
+    "low_pass": dct.low_pass_filter,
+}
 LOSSES: Mapping[str, Callable] = {"margin": losses.margin, "cross_entropy": losses.cross_entropy}
 POINTS = ("pgd1", "random", "zero")
 PENALTY_CLIPS = ("none", "value", "gradient")
 ATTACKS = ("fgsm", "fgsm_rs", "pgd", "pgd_corner")
+STEP_RULES = ("steepest", "adam")
 # What an evaluation can run, by name: from the threat model to the attack.
 EVALUATION_ATTACKS: Mapping[str, Callable[[ThreatModel], Any]] = {
     "fgsm": attacks.fgsm,
@@ -133,17 +189,33 @@ NORM_RULES: Mapping[str, Callable[[], gradients.NormRule]] = {
 SCHEDULES = ("constant", "piecewise", "cosine", "cyclic")
 
 
+def _steps_of(rule: str, step_size: float | None) -> dict[str, Any]:
+    """What PGD wants to know of its steps; they are Adam's learning rate with the rule ``adam``."""
+    checks.choice("rule", rule, STEP_RULES)
+    if rule == "adam":
+        return {"step_rule": optax.adam(step_size)}
+    return {} if step_size is None else {"step_size": step_size}
+
+
 def make_attack(
-    name: str, threat: ThreatModel, *, steps: int, step_size: float | None, start: str
+    name: str,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    step_size: float | None,
+    start: str,
+    rule: str = "steepest",
 ) -> attacks.Attack:
-    """An attack for training; ``steps`` and ``start`` matter to PGD alone."""
+    """An attack for training; ``steps``, ``start`` and ``rule`` matter to PGD alone."""
     checks.choice("attack", name, ATTACKS)
     if name == "fgsm":
         return attacks.fgsm(threat, step_size=step_size)
     if name == "fgsm_rs":
         return attacks.fgsm_rs(threat, step_size=step_size)
     corner = name == "pgd_corner"
-    return attacks.pgd(threat, steps=steps, step_size=step_size, start=start, corner=corner)
+    return attacks.pgd(
+        threat, steps=steps, start=start, corner=corner, **_steps_of(rule, step_size)
+    )
 
 
 def make_objective(
@@ -155,12 +227,13 @@ def make_objective(
     step_size: float | None,
     beta: float,
     attack_mode: str,
+    rule: str = "steepest",
     max_margin: float | None = None,
     point: str = "pgd1",
     weight: float = 1.0,
     clip: float | None = None,
 ) -> objectives.Objective:
-    """An objective; TRADES and MMA bring their own inner attacks, with these steps.
+    """An objective; TRADES and MMA bring their own inner attacks, TRADES with these steps.
 
     ``beta`` is the weight of the divergence in TRADES and MART, ``max_margin`` the largest margin
     that MMA raises, if it is not that of the threat model. FOAR and SOAR expand the loss at
@@ -180,14 +253,13 @@ def make_objective(
         base = objectives.madry(at, attack_mode=attack_mode)
         return objectives.penalized(base, penalty, weight=weight, at="adversarial")
     if name == "mma":
-        hinge = ThreatModel(threat.norm, threat.eps if max_margin is None else max_margin)
+        hinge = threat if max_margin is None else dataclasses.replace(threat, eps=max_margin)
         return objectives.mma(
             hinge, attack=objectives.an_pgd(hinge, steps=max(steps, 1)), attack_mode=attack_mode
         )
     if name == "mart":
         return objectives.mart(attack, beta=beta, attack_mode=attack_mode)
-    options = {} if step_size is None else {"step_size": step_size}
-    inner = objectives.trades_attack(threat, steps=steps, **options)
+    inner = objectives.trades_attack(threat, steps=steps, **_steps_of(rule, step_size))
     return objectives.trades(inner, beta=beta, attack_mode=attack_mode)
 
 
@@ -214,10 +286,18 @@ def add_penalty(
     return objectives.penalized(objective, PENALTIES[name](threat), weight=weight)
 
 
-def make_augmentation(name: str) -> data.Augment | None:
-    """Random crops of the images with a margin of four pixels, with or without flips."""
+def make_augmentation(
+    name: str, *, image_filter: str = "none", removed: float = 0.0
+) -> data.Augment | None:
+    """Random flips, or crops with a margin of four pixels; then a filter of cosine frequencies."""
     checks.choice("augmentation", name, AUGMENTATIONS)
-    return {"none": None, "crop": data.crop(4), "crop_and_flip": data.crop_and_flip(4)}[name]
+    augment = {"none": None, "flip": data.crop_and_flip(0), "crop": data.crop(4),
+               "crop_and_flip": data.crop_and_flip(4)}[name]  # fmt: skip
+    checks.choice("image_filter", image_filter, ("none", *FILTERS))
+    if image_filter == "none":
+        return augment
+    before = data.identity if augment is None else augment
+    return lambda keys, x: FILTERS[image_filter](before(keys, x), removed)
 
 
 def make_schedule(
@@ -230,12 +310,13 @@ def make_schedule(
     decay: float,
     peak: float = 0.4,
     end: float = 0.0,
+    warmup: int = 0,
 ) -> optax.Schedule:
     """The learning rate at each step.
 
     ``piecewise`` multiplies by ``decay`` at each of the milestones, in epochs; ``cosine`` falls to
-    0; ``cyclic`` rises linearly from 0 over the share ``peak`` of the epochs, whole ones, and falls
-    linearly to ``end``.
+    0, after a linear rise from 0 over ``warmup`` epochs; ``cyclic`` rises linearly from 0 over the
+    share ``peak`` of the epochs, whole ones, and falls linearly to ``end``.
     """
     checks.choice("schedule", name, SCHEDULES)
     total = max(epochs * steps_per_epoch, 1)
@@ -244,6 +325,9 @@ def make_schedule(
             learning_rate, {epoch * steps_per_epoch: decay for epoch in milestones}
         )
     if name == "cosine":
+        if warmup:
+            rise = warmup * steps_per_epoch
+            return optax.warmup_cosine_decay_schedule(0.0, learning_rate, rise, total)
         return optax.cosine_decay_schedule(learning_rate, total)
     if name == "cyclic":
         whole = int(peak * epochs + 1e-9)
@@ -313,7 +397,8 @@ def make_optimizer(
         return optax.adamw(schedule, weight_decay=weight_decay)
     base = {
         "adam": lambda: optax.adam(schedule),
-        "rmsprop": lambda: optax.rmsprop(schedule),
+        # The constants of PyTorch; optax has 0.9, and eps under the root.
+        "rmsprop": lambda: optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False),
         "sign_gd": lambda: optim.sign_gd(schedule),
     }[name]()
     return optax.chain(optax.add_decayed_weights(weight_decay), base) if weight_decay else base

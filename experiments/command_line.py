@@ -12,7 +12,8 @@ An entry point declares its settings once::
         command_line.run(main, Settings, PRESETS, __doc__)
 
 Every field is a flag, ``--help`` lists them by group with the value of each preset, and ``main``
-gets the settings of ``--preset`` with the flags that were given put over them.
+gets the settings of ``--preset`` with the flags that were given put over them. The flags of
+``Common`` are those of every entry point: errors, compilation, hosts.
 """
 
 import dataclasses
@@ -25,17 +26,66 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from experiments import launch
 from robustjax import checks
+from robustjax.training import interruption
 
 
 def setting(
-    default: Any, help: str, group: str, *, unit: str = "", choices: Sequence[str] | None = None
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] | None = None,
+    positional: bool = False,
 ) -> Any:
-    """A field of a settings class: its default, what it is, and where ``--help`` lists it."""
+    """A field of a settings class: its default, what it is, and where ``--help`` lists it.
+
+    The one that is ``positional``, a ``tuple[str, ...]``, is no flag: it takes the words of the
+    command line that are none.
+    """
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "group": group, "unit": unit, "choices": choices},
+        metadata={
+            "help": help,
+            "group": group,
+            "unit": unit,
+            "choices": choices,
+            "positional": positional,
+        },
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What every entry point can be told, beside its own settings."""
+
+    # fmt: off
+    debug: bool = setting(False, "show the full traceback of an error", "run")
+    compilation_cache: str | None = setting(
+        None, "folder in which compiled programs are kept from run to run; None: that of "
+        "JAX_COMPILATION_CACHE_DIR, or none", "run")
+    distributed: bool = setting(
+        False, "join the processes of a cluster that JAX can find itself: a TPU pod, Slurm, Open "
+        "MPI, Kubernetes. Start one process on each host, with the same flags", "hosts")
+    coordinator_address: str | None = setting(
+        None, "HOST:PORT of process 0, a free port; with the next two, for any other cluster; "
+        "None: JAX_COORDINATOR_ADDRESS", "hosts")
+    num_processes: int | None = setting(
+        None, "how many processes there are; None: JAX_NUM_PROCESSES", "hosts")
+    process_id: int | None = setting(
+        None, "which of them this one is, from 0 on; None: JAX_PROCESS_ID", "hosts")
+    join_timeout: int = setting(
+        300, "how long a process waits for the others to join", "hosts", unit="seconds")
+    heartbeat_timeout: int = setting(
+        100, "how long another process may be silent before this one ends with an error", "hosts",
+        unit="seconds")
+    # fmt: on
+
+    def __post_init__(self):
+        checks.integer("join_timeout", self.join_timeout, at_least=1)
+        checks.integer("heartbeat_timeout", self.heartbeat_timeout, at_least=1)
 
 
 def run(
@@ -47,7 +97,8 @@ def run(
     """Defines the flags, parses the command line and calls ``main(settings)``.
 
     A ``ValueError`` ends the program with its sentence and status 1; ``--debug`` shows where it
-    came from.
+    came from. A run that was told to end by SIGTERM and has saved its state ends with status
+    ``interruption.EXIT_CODE``, 75.
     """
 
     def parse(argv: Sequence[str]) -> Any:
@@ -59,14 +110,22 @@ def run(
         except ValueError as error:
             sys.exit(f"error: {error}; see --help")
 
-    def call(parsed: tuple[Any, bool]) -> None:
-        settings, debug = parsed
+    def call(parsed: tuple[Any, Common]) -> None:
+        settings, common = parsed
         # absl turns on the information messages of every library that logs through it.
         logging.set_verbosity(logging.WARNING)
+        if common.compilation_cache is not None:
+            jax.config.update("jax_compilation_cache_dir", common.compilation_cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         try:
-            main(settings)
-        except ValueError as error:
-            if debug:
+            launch.join(common)
+            with launch.peers_watched():
+                main(settings)
+        except interruption.Interrupted as told:
+            print(told, file=sys.stderr)
+            sys.exit(interruption.EXIT_CODE)
+        except (ValueError, OSError) as error:  # a full disk is an OSError
+            if common.debug:
                 raise
             sys.exit(f"error: {error}")
 
@@ -75,29 +134,38 @@ def run(
 
 def parse_settings(
     words: Sequence[str], settings_class: type, presets: Mapping[str, Any]
-) -> tuple[Any, bool]:
-    """The settings of a command line's words, and whether ``--debug`` was among them.
+) -> tuple[Any, Common]:
+    """The settings of a command line's words, and the flags of ``Common`` among them.
 
     Raises:
       ValueError: a flag is unknown, its value is not one of its choices or of another type, or a
-        word is no flag.
+        word is no flag and there is no positional field to take it.
     """
     values = flags.FlagValues()
     _define(settings_class, presets, values)
+    positional = next((f.name for f in dataclasses.fields(settings_class) if _takes_words(f)), None)
+    if positional is not None:  # flags may follow words
+        values.set_gnu_getopt()
+        flags.FLAGS.set_gnu_getopt()
     try:
         rest = values(["", *words], known_only=True)
         # absl's own flags (logging), and its complaint about what nobody knows.
         rest = flags.FLAGS(rest)
     except flags.Error as error:
         raise ValueError(_with_known_names(str(error), values)) from error
-    if len(rest) > 1:
+    if len(rest) > 1 and positional is None:
         raise ValueError(f"arguments must be flags (--name=value), got {rest[1]!r}")
-    given = {
-        field.name: _as_field(values[field.name].value)
-        for field in dataclasses.fields(settings_class)
-        if values[field.name].present
-    }
-    return dataclasses.replace(presets[values.preset], **given), values.debug
+
+    def given(kind: type) -> dict[str, Any]:
+        return {
+            field.name: _as_field(values[field.name].value)
+            for field in dataclasses.fields(kind)
+            if not _takes_words(field) and values[field.name].present
+        }
+
+    words_given = {positional: tuple(rest[1:])} if len(rest) > 1 else {}
+    settings = dataclasses.replace(presets[values.preset], **words_given, **given(settings_class))
+    return settings, Common(**given(Common))
 
 
 def check_choices(settings: Any) -> None:
@@ -117,14 +185,16 @@ def help_text(settings_class: type, presets: Mapping[str, Any], description: str
     """The text of ``--help``: flags by group, with units, choices and the value of each preset."""
     lines = [(description or "").strip(), "", "Flags; [in brackets: " + " | ".join(presets) + "]"]
     lines += ["", "run", f"  --preset: one of {', '.join(presets)} [{next(iter(presets))}]"]
-    lines += ["  --debug: show the full traceback of an error [False]"]
     groups: dict[str, list[str]] = {"run": lines}
-    for field in dataclasses.fields(settings_class):
+    listed = [(field, presets.values()) for field in dataclasses.fields(settings_class)]
+    listed += [(field, [Common()]) for field in dataclasses.fields(Common)]
+    for field, shown in listed:
         data = field.metadata
         fractions = data["unit"] == "input units"
-        known = [_shown(getattr(preset, field.name), fractions) for preset in presets.values()]
+        known = [shown_value(getattr(preset, field.name), fractions) for preset in shown]
         values = known[0] if len(set(known)) == 1 else " | ".join(known)
-        text = f"  --{field.name}: {data['help']}"
+        name = f"{field.name.upper()}..." if _takes_words(field) else f"--{field.name}"
+        text = f"  {name}: {data['help']}"
         if data["unit"]:
             text += f", in {data['unit']}"
         if data["choices"]:
@@ -133,21 +203,14 @@ def help_text(settings_class: type, presets: Mapping[str, Any], description: str
     return "\n".join(line for group in groups.values() for line in group)
 
 
-def join_hosts(settings: Any) -> None:
-    """Starts ``jax.distributed`` if the flags of group "hosts" say so; before anything else."""
-    if settings.distributed:
-        jax.distributed.initialize(
-            settings.coordinator_address, settings.num_processes, settings.process_id
-        )
-
-
 def _define(settings_class: type, presets: Mapping[str, Any], values: flags.FlagValues) -> None:
     flags.DEFINE_enum("preset", next(iter(presets)), list(presets), "", flag_values=values)
-    flags.DEFINE_boolean("debug", False, "", flag_values=values)
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
+    hints = typing.get_type_hints(settings_class) | typing.get_type_hints(Common)
+    for field in (*dataclasses.fields(settings_class), *dataclasses.fields(Common)):
         kind, choices = _bare(hints[field.name]), field.metadata["choices"]
         name, text = field.name, field.metadata["help"]
+        if _takes_words(field):
+            continue
         if kind is bool:
             flags.DEFINE_boolean(name, None, text, flag_values=values)
             values[name].parser = _SwitchParser()
@@ -157,7 +220,7 @@ def _define(settings_class: type, presets: Mapping[str, Any], values: flags.Flag
         elif kind is float:
             parser = _NumberParser()
         elif kind is tuple:
-            parser = _ListParser(choices)
+            parser = _ListParser(choices, of_words=typing.get_args(hints[name])[0] is str)
         elif choices:
             parser = flags.EnumParser(list(choices))
         else:
@@ -218,14 +281,16 @@ class _NumberParser(flags.ArgumentParser):
 
 
 class _ListParser(flags.ArgumentParser):
-    """Comma-separated names, or whole numbers where there are no choices."""
+    """Comma-separated names; where there are no choices, any words or whole numbers."""
 
-    def __init__(self, choices: Sequence[str] | None):
-        self._choices = choices
+    def __init__(self, choices: Sequence[str] | None, *, of_words: bool):
+        self._choices, self._of_words = choices, of_words
 
     def parse(self, argument: Any) -> tuple:
         words = argument.split(",") if isinstance(argument, str) else argument
         words = [word.strip() for word in words if str(word).strip()]
+        if not self._choices and self._of_words:
+            return tuple(words)
         if not self._choices:
             return tuple(_WholeNumberParser().parse(word) for word in words)
         for word in words:
@@ -250,7 +315,12 @@ def _as_field(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _shown(value: Any, fractions: bool) -> str:
+def _takes_words(field: dataclasses.Field) -> bool:
+    return field.metadata["positional"]
+
+
+def shown_value(value: Any, fractions: bool) -> str:
+    """A setting's value in a few characters; ``fractions``: multiples of 1/255 as such."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, float):

@@ -64,6 +64,23 @@ def dry_run(settings: Settings) -> None:
     )
 
 
+def described(settings: Settings, objective: str, facts: choices.DataFacts) -> list[str]:
+    """What a run is going to do and on what, in lines, before it begins."""
+    found = cost(settings, objective, facts)
+    mesh = parallel.device_mesh()
+    hosts = jax.process_count()
+    epochs = f"{settings.epochs} epochs of {found.steps_per_epoch} steps"
+    return [
+        f"{objective}: {settings.model}, {found.parameters:,} parameters; {facts.train_size:,} "
+        f"training examples {'x'.join(map(str, facts.image_shape))}, batch {settings.batch_size}",
+        f"  {found.steps:,} steps ({epochs}), {found.flops:.2e} FLOPs a step, about "
+        f"{found.memory / 2**20:,.0f} MiB for the whole batch",
+        f"  {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        + (f" of {hosts} hosts" if hosts > 1 else "")
+        + f", batch split into {mesh.size}, parameters {settings.parameters}",
+    ]
+
+
 def data_facts(settings: Settings) -> choices.DataFacts:
     """Shape and sizes of the training set after the hold-out, known or looked up."""
     if settings.dataset in choices.DATA_FACTS:
@@ -72,7 +89,7 @@ def data_facts(settings: Settings) -> choices.DataFacts:
         checks.integer("validation_size", held_out, at_most=facts.train_size - 1)
         if settings.image_size is not None:
             size = settings.image_size
-            facts = facts._replace(image_shape=(size, size, facts.image_shape[2]))
+            facts = facts._replace(image_shape=(size, size, *facts.image_shape[2:]))
         return facts._replace(train_size=facts.train_size - held_out)
     train = load_split(settings, "train")
     return facts_of(settings, train)
@@ -93,7 +110,7 @@ def cost(settings: Settings, objective: str, facts: choices.DataFacts) -> Cost:
         key,
     )
     batch = {"image": image, "label": integers, "index": integers}
-    # The step names the mesh axis; vmap over one device's share binds it without devices.
+    # The step may name the mesh axis; vmap over one device's share binds it without devices.
     per_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
     step = jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS)
     return Cost(
@@ -128,7 +145,9 @@ def costs(jobs: Sequence[tuple[str, Settings]]) -> list[list[str]]:
             settings, seed=0, workdir="", eps=0.0, beta=1.0, alpha=1.0, alpha_naive=1.0, tau=1,
             weight_decay=1.0, milestones=(), probe=0, attack_step_size=0.0, epochs=1,
             awp=float(settings.awp > 0), penalty_weight=1.0, start_from=None, monitor=0,
-            learning_rate=1.0, eps_warmup=min(settings.eps_warmup, 1),
+            pretrained=None,
+            learning_rate=1.0, eps_warmup=min(settings.eps_warmup, 1), filter_removed=1.0,
+            rate_warmup=0,
         )  # fmt: skip
         if alike not in seen:
             seen[alike] = cost(settings, settings.objective[0], data_facts(settings))

@@ -20,7 +20,7 @@ from experiments.engm_studies import deepfool_distance
 from experiments.engm_sweeps import landscape_of
 from experiments.jobs import Job
 from experiments.studies import Study
-from experiments.training_run import WEIGHT_ERROR_ALPHAS
+from experiments.training_measures import WEIGHT_ERROR_ALPHAS
 from experiments.training_settings import Settings as Training
 from robustjax import metrics
 from robustjax.training import report

@@ -17,7 +17,7 @@ from experiments import engm_figures, noisy_digits
 from experiments.claims import Claim
 from experiments.noisy_digits import METHODS, MODEL, Knobs, Recipe, Runs, Task
 from experiments.studies import Study, interval, summary
-from experiments.training_run import WEIGHT_ERROR_ALPHAS
+from experiments.training_measures import WEIGHT_ERROR_ALPHAS
 from robustjax import attacks, data, metrics, models, norms
 from robustjax.threat import ThreatModel
 

@@ -126,6 +126,7 @@ def main(settings: Settings) -> dict[str, Any] | None:
     tested = subject(settings, workdir)
     x = data.as_float(tested.examples.image)
     y = tested.examples.label
+    threat = ThreatModel(threat.norm, threat.eps, *data.bounds(x.shape[1:]))
     report.print_lines(
         f"{tested.name}: {len(y)} examples of {tested.examples.name}, {settings.split}; "
         f"{settings.threat} eps = {settings.eps:.4g}"
@@ -147,7 +148,8 @@ def main(settings: Settings) -> dict[str, Any] | None:
         report.write_json(workdir / "results.json", result.to_json())
         outcome = result.outcome
         np.savez(workdir / "adversarial.npz", x_adv=outcome.x_adv, robust=outcome.robust, y=y)
-        _panel(settings, tested, result, x, y, workdir)
+        if x.ndim == 4:
+            _panel(settings, tested, result, x, y, workdir)
     _print_result(settings, result)
     return result.to_json()
 

@@ -84,12 +84,6 @@ class Settings:
         1000, "test examples for AutoAttack, where it is published; 0: without", "paper",
         unit="examples")
     data_dir: str | None = setting(None, "where TFDS sets are prepared", "paper")
-    distributed: bool = setting(
-        False, "start jax.distributed: one process per host, same flags on each", "hosts")
-    coordinator_address: str | None = setting(
-        None, "HOST:PORT of the first process; None: found by JAX on TPU and Slurm", "hosts")
-    num_processes: int | None = setting(None, "number of processes; None: found by JAX", "hosts")
-    process_id: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
     # fmt: on
 
     def __post_init__(self):
@@ -116,7 +110,6 @@ PRESETS = {
 
 def main(settings: Settings) -> None:
     """Runs or resumes the studies of these settings."""
-    command_line.join_hosts(settings)
     if settings.dry_run:
         dry_run(settings)
         return

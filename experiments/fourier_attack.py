@@ -12,10 +12,19 @@ preset evaluates models that were trained before (--checkpoints), as by
   python -m experiments.adversarial_training --preset=paper --model=wrn28 \
       --objective=standard,madry --workdir=runs/fourier_attack/models
 
+and, with --torch_checkpoints, networks of RobustBench as PyTorch saves them:
+
+  python -m experiments.fourier_attack --preset=paper --checkpoints=None --balls=fourier \
+      --torch_checkpoints=Standard:FILE.pt,Carmon2019Unlabeled:FILE.pt
+
+The eps of the panels are those of the appendix; --panel_eps_low=50/255 --panel_eps_high=8/255 are
+those of figure 5.1.
+
 WORKDIR gets config.json, results.json, curves.png and, for each model, panel_MODEL.png.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,19 +32,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments import choices, command_line, fourier_figures, trained_models
+from experiments import choices, command_line, fourier_figures, fourier_models, fourier_zoo
 from experiments.command_line import setting
-from robustjax import attacks, checks, data, keys, losses, models, objectives, parallel, training
+from robustjax import attacks, checks, data, keys, losses, models, parallel, training
 from robustjax.attacks.fourier import project_in_box, violation
 from robustjax.benchmark import BatchedFunction
 from robustjax.fourier_norms import FourierLInf
 from robustjax.metrics import correct
 from robustjax.metrics.margins import max_eps, near_clean
-from robustjax.norms import L2, LInf, Norm
+from robustjax.norms import LInf, Norm
 from robustjax.threat import ThreatModel
-from robustjax.training import feed, report
+from robustjax.training import report
 
 TRAININGS = ("standard", "linf", "l2", "noise")
 BALLS = ("linf", "fourier", "fourier_low", "fourier_high")
@@ -60,6 +68,9 @@ class Settings:
     checkpoints: str | None = setting(
         "runs/fourier_attack/models/standard,runs/fourier_attack/models/madry",
         "folders WORKDIR/OBJECTIVE of training runs, by commas; None: train models here", "models")
+    torch_checkpoints: str | None = setting(
+        None, "PyTorch state dicts NAME:FILE of RobustBench's networks, by commas; NAME is one of "
+        "the paper's table B.2, as Carmon2019Unlabeled, or an architecture", "models")
     which: str = setting("best", "their checkpoints", "models", choices=("best", "last"))
     trainings: tuple[str, ...] = setting(
         TRAININGS, "how models are trained here: on clean images, on l_inf or l_2 adversarial "
@@ -106,7 +117,9 @@ class Settings:
     panel_images: int = setting(2, "images in the panel", "figures")
     seed: int = setting(0, "seed of everything random", "run")
     batch_size: int = setting(500, "examples at a time", "run", unit="examples")
-    workdir: str = setting("runs/fourier_attack/paper", "folder of the results, new", "run")
+    workdir: str = setting(
+        "runs/fourier_attack/paper", "folder of the results, new or to --resume", "run")
+    resume: bool = setting(False, "take the results in workdir, if they are complete", "run")
     dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
     # fmt: on
 
@@ -129,11 +142,19 @@ class Settings:
         checks.number("learning_rate", self.learning_rate, above=0)
         for name in ("low", "high"):
             checks.number(name, getattr(self, name), at_least=0, at_most=0.5)
+        for name in self.torch_files:
+            fourier_zoo.module_of(name, 10, self.width)
 
     @property
     def folders(self) -> list[Path]:
         """The folders of the checkpoints."""
-        return [Path(word.strip()) for word in self.checkpoints.split(",") if word.strip()]
+        words = (self.checkpoints or "").split(",")
+        return [Path(word.strip()) for word in words if word.strip()]
+
+    @property
+    def torch_files(self) -> dict[str, str]:
+        """Names to files of the PyTorch networks."""
+        return fourier_zoo.parse(self.torch_checkpoints or "")
 
 
 # The eps of the paper preset's panels are those of the figures of Faghri et al. (2021), "Bridging
@@ -169,13 +190,15 @@ def main(settings: Settings) -> dict[str, Any] | None:
         dry_run(settings)
         return None
     config = dataclasses.asdict(settings)
-    for name in ("workdir", "data_dir", "dry_run"):
+    for name in ("workdir", "data_dir", "dry_run", "resume"):
         del config[name]
     test = data.load(settings.dataset, "test", data_dir=settings.data_dir)
     checks.integer("examples", settings.examples, at_least=1, at_most=len(test))
     test = test.subset(np.arange(settings.examples))
-    workdir = report.open_workdir(settings.workdir, config, resume=False)
-    subjects = _loaded(settings) if settings.checkpoints else _trained(settings)
+    workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
+    if (workdir / "results.json").exists():
+        return json.loads((workdir / "results.json").read_text())
+    subjects = fourier_models.subjects(settings, test)
     grid = [float(eps) for eps in np.linspace(0, settings.eps_max, settings.eps_count)]
     results: dict[str, Any] = {
         "dataset": settings.dataset,
@@ -204,75 +227,6 @@ def norm_of(settings: Settings, ball: str) -> Norm:
         "fourier_low": FourierLInf(low=settings.low),
         "fourier_high": FourierLInf(high=settings.high),
     }[ball]
-
-
-def _model(settings: Settings, num_classes: int) -> models.Model:
-    make = choices.MODELS[settings.model]
-    return models.from_linen(make(num_classes, settings.width, "batch", jnp.float32))
-
-
-def _objective(settings: Settings, name: str) -> objectives.Objective:
-    if name == "standard":
-        return objectives.standard()
-    if name == "noise":
-        # Training on the start of an attack that takes no step; the ball is larger than the box.
-        start = attacks.gaussian_start(settings.noise)
-        return objectives.madry(attacks.pgd(ThreatModel(LInf(), 1.0), steps=0, start=start))
-    threat = {
-        "linf": ThreatModel(LInf(), settings.train_eps_linf),
-        "l2": ThreatModel(L2(), settings.train_eps_l2),
-    }[name]
-    return objectives.madry(attacks.pgd(threat, steps=settings.train_steps))
-
-
-def _trained(settings: Settings) -> dict[str, Any]:
-    """Trains a network in each way; they start alike and see the images in the same order."""
-    train = data.load(settings.dataset, "train", data_dir=settings.data_dir)
-    mesh = parallel.device_mesh()
-    steps = data.steps_per_epoch(len(train), settings.train_batch_size)
-    total = settings.epochs * steps
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, max(total, 1))
-    model = _model(settings, train.num_classes)
-    init_key, run_key, order_key = jax.random.split(jax.random.key(settings.seed), 3)
-    image = jnp.zeros((1, *train.image.shape[1:]))
-    subjects = {}
-    for name in settings.trainings:
-        optimizer = optax.adam(schedule)
-        params, model_state = jax.jit(model.init)(init_key, image)
-        state = training.create_state(params, model_state, optimizer, run_key)
-        step = training.train_step(
-            model.apply, _objective(settings, name), optimizer, axis_name=parallel.AXIS
-        )
-        progress = report.Progress(total, label=name)
-        state = training.fit(
-            parallel.replicate(state, mesh),
-            feed.resident(
-                step, train, key=order_key, batch_size=settings.train_batch_size, mesh=mesh
-            ),
-            epochs=settings.epochs,
-            steps_per_epoch=steps,
-            dispatch=steps,
-            on_dispatch=lambda at, metrics, show=progress: show(
-                at, {"loss": float(metrics["loss"].mean())}
-            ),
-        )
-        params, model_state = parallel.to_host((state.params, state.model_state))
-        subjects[name] = jax.device_put(models.eval_logits(model.apply, params, model_state))
-    return subjects
-
-
-def _loaded(settings: Settings) -> dict[str, Any]:
-    subjects = {}
-    for folder in settings.folders:
-        trained = trained_models.load(folder, settings.which, data_dir=settings.data_dir)
-        if trained.settings.dataset != settings.dataset:
-            raise ValueError(
-                f"dataset must be that of the models, {trained.settings.dataset} in {folder}, "
-                f"got {settings.dataset}"
-            )
-        name = folder.name if folder.name not in subjects else str(folder).replace("/", "_")
-        subjects[name] = jax.device_put(parallel.to_host(trained.logits_fn))
-    return subjects
 
 
 def _attacks(settings: Settings, threat: ThreatModel) -> list[attacks.Attack]:
@@ -375,32 +329,29 @@ def _print(settings: Settings, results: Mapping[str, Any]) -> None:
 
 def dry_run(settings: Settings) -> None:
     """Builds every model abstractly and prints what its evaluation costs."""
-    names = map(str, settings.folders) if settings.checkpoints else settings.trainings
-    rows = []
-    for name in names:
-        own = settings
-        if settings.checkpoints and (Path(name) / report.CONFIG).exists():
-            read = trained_models.read_settings(name)
-            own = dataclasses.replace(settings, model=read.model, width=read.width)
-        facts = choices.DATA_FACTS.get(settings.dataset)
-        if facts is None:
-            test = data.load(settings.dataset, "test", data_dir=settings.data_dir)
-            facts = choices.DataFacts(test.image.shape[1:], test.num_classes, len(test))
-        model = _model(own, facts.num_classes)
-        image = jax.ShapeDtypeStruct((settings.batch_size, *facts.image_shape), jnp.float32)
-        integers = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        params, model_state = jax.eval_shape(model.init, key, image)
-        logits_fn = models.eval_logits(model.apply, params, model_state)
-        eps = jax.ShapeDtypeStruct((), jnp.float32)
-        for ball in settings.balls:
-            judge = _judge(settings, norm_of(settings, ball))
-            jax.eval_shape(judge.fn, (logits_fn, key), (eps,), (image, integers, integers))
-        gradient = jax.grad(lambda x, logits_fn: logits_fn(x).sum())
-        evaluations = len(settings.balls) * len(settings.methods) * settings.steps
-        per_example = training.count_flops(gradient, image, logits_fn) / settings.batch_size
-        total = per_example * evaluations * settings.eps_count * settings.examples
-        rows.append([name, own.model, f"{training.parameter_count(params):,}", f"{total:.3e}"])
+    facts = choices.DATA_FACTS.get(settings.dataset)
+    if facts is None:
+        test = data.load(settings.dataset, "test", data_dir=settings.data_dir)
+        facts = choices.DataFacts(test.image.shape[1:], test.num_classes, len(test))
+    image = jax.ShapeDtypeStruct((settings.batch_size, *facts.image_shape), jnp.float32)
+    integers = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    eps = jax.ShapeDtypeStruct((), jnp.float32)
+    evaluations = len(settings.balls) * len(settings.methods) * settings.steps
+    rows, seen = [], {}
+    for name, kind, model in fourier_models.planned(settings, facts.num_classes):
+        if kind not in seen:  # what has the same parts is traced once
+            params, model_state = jax.eval_shape(model.init, key, image)
+            logits_fn = models.eval_logits(model.apply, params, model_state)
+            for ball in settings.balls:
+                judge = _judge(settings, norm_of(settings, ball))
+                jax.eval_shape(judge.fn, (logits_fn, key), (eps,), (image, integers, integers))
+            gradient = jax.grad(lambda x, logits_fn: logits_fn(x).sum())
+            flops = training.count_flops(gradient, image, logits_fn) / settings.batch_size
+            seen[kind] = training.parameter_count(params), flops
+        parameters, flops = seen[kind]
+        total = flops * evaluations * settings.eps_count * settings.examples
+        rows.append([name, kind, f"{parameters:,}", f"{total:.3e}"])
     report.print_table(
         f"Dry run: {settings.dataset}, {settings.examples} examples, {settings.eps_count} eps up "
         f"to {settings.eps_max:.4g}, {','.join(settings.balls)}",

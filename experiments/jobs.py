@@ -110,29 +110,49 @@ def tabulated(jobs: Sequence[Job], outcome: Callable[[Job], Mapping[str, float]]
     return Table(columns, rows, results, outcomes)
 
 
-def auto_attack(job: Job, examples: int, *, which: str = "best") -> float:
+def auto_attack(
+    job: Job,
+    examples: int,
+    *,
+    which: str = "best",
+    threat: tuple[str, float] | None = None,
+    attack: tuple[str, ...] = ("autoattack",),
+    batch_size: int | None = None,
+) -> float:
     """Robust accuracy of a network under AutoAttack, a share; an interrupted one is resumed.
 
     Args:
       job: a placed and trained network.
       examples: first test examples.
       which: the ``"best"`` or the ``"last"`` checkpoint.
+      threat: norm and radius; ``None`` for those of the training.
+      attack: other attacks in its place, for what its members cannot be run on.
+      batch_size: examples at a time; ``None`` for that of ``experiments.evaluate``.
     """
-    path = Path(job.settings.workdir) / "autoattack" / "results.json"
+    path = attack_folder(job, threat) / "results.json"
     if path.exists():
         return json.loads(path.read_text())["robust_accuracy"]
+    norm, eps = threat or (job.settings.norm, job.settings.eps)
     chosen = dataclasses.replace(
         evaluate.PRESETS["paper"],
         checkpoint=str(model_folder(job)),
         which=which,
         examples=examples,
-        threat=job.settings.norm,
-        eps=job.settings.eps,
+        threat=norm,
+        eps=eps,
+        attack=attack,
         data_dir=job.settings.data_dir,
         workdir=str(path.parent),
         resume=True,
+        **({} if batch_size is None else {"batch_size": batch_size}),
     )
     return evaluate.main(chosen)["robust_accuracy"]
+
+
+def attack_folder(job: Job, threat: tuple[str, float] | None = None) -> Path:
+    """Where ``auto_attack`` leaves ``results.json`` and ``adversarial.npz`` (x_adv, robust, y)."""
+    of_threat = "" if threat is None else f"-{threat[0]}-{threat[1]:.6g}"
+    return Path(job.settings.workdir) / f"autoattack{of_threat}"
 
 
 def print_costs(jobs: Sequence[Job], study: str, seeds: int) -> None:

@@ -13,6 +13,16 @@ from experiments.engm_figures import COLOURS, MARKERS
 DPI = 150
 
 
+def of_name(path: Path, name: str) -> Path:
+    """The file of one data set's figure."""
+    return path.with_name(f"{path.stem}_{name.lower().replace(' ', '_')}{path.suffix}")
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    """An image as matplotlib wants it: grey ``(h, w)`` or coloured ``(h, w, 3)`` in [0, 1]."""
+    return np.clip(image if image.shape[-1] == 3 else image[..., 0], 0, 1)
+
+
 def _axes(width: float, panels: int = 1, height: float = 3.3) -> tuple[Any, list[Any]]:
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, panels)))
@@ -27,7 +37,10 @@ def robustness(
     found: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
     severities: Sequence[str],
 ) -> None:
-    """Clean accuracy over that under each perturbation, and the bound; small dots are networks."""
+    """Clean accuracy over that under each perturbation, and the bound; small dots are networks.
+
+    Bounds that differ by orders of magnitude are drawn on a logarithmic scale.
+    """
     figure, axes = _axes(12, len(severities) + 1)
     for (task, of_task), marker in zip(found.items(), MARKERS, strict=False):
         for (optimizer, runs), colour in zip(of_task.items(), COLOURS, strict=False):
@@ -40,10 +53,15 @@ def robustness(
             axes[-1].plot(runs["average"], bound, ms=3, alpha=0.5, **style)
             axes[-1].plot(runs["average"].mean(), bound.mean(), ms=8, mec="black", **style)
     for where, severity in zip(axes, severities, strict=False):
-        note = ", band-limited twice" if severity.startswith("l_2") else ""
+        twice = severity.startswith("l_2") and "band-limited" in found
+        note = ", band-limited twice" if twice else ""
         where.set(xlabel=f"accuracy, {severity}{note} (%)", ylabel="clean accuracy (%)")
         where.set_ylim(where.get_ylim()[0] - 2, where.get_ylim()[1] + 2)
     axes[-1].set(xlabel="average robust accuracy (%)", ylabel="Lipschitz bound, l_2")
+    bounds = [b for of_task in found.values() for runs in of_task.values()
+              for b in runs["log Lipschitz"]]  # fmt: skip
+    if max(bounds) - min(bounds) > 3:
+        axes[-1].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
                   fontsize="small")  # fmt: skip
     figure.savefig(path, dpi=DPI)
@@ -90,7 +108,7 @@ def filters(
 def energy(path: Path, *, maps: Mapping[str, np.ndarray]) -> None:
     """Mean magnitudes, logarithmic: maps above, their diagonals below."""
     figure = matplotlib.figure.Figure(figsize=(2.7 * len(maps), 5.2), layout="constrained")
-    above, below = figure.subplots(2, len(maps))
+    above, below = figure.subplots(2, len(maps), squeeze=False)
     # Below a ten-thousandth of the largest there is only rounding.
     used = {name: values > 1e-4 * values.max() for name, values in maps.items()}
     low = min(values[used[name]].min() for name, values in maps.items())
@@ -224,7 +242,7 @@ def panels(
     for j, (name, p) in enumerate(columns):
         for i, kind in enumerate(kinds):
             image, gone, mask = pictures[name][p][kind]
-            shown = (image[..., 0], 3 * np.abs(gone[..., 0]), mask.astype(float))
+            shown = (_shown(image), _shown(3 * np.abs(gone)), mask.astype(float))
             labels = (f"{kind} filter", "difference (x 3)", "bases kept")
             for k, (picture, label) in enumerate(zip(shown, labels, strict=True)):
                 where = grid[3 * i + k, j]
@@ -255,7 +273,7 @@ def perturbed(
     for of_row, (label, images, predicted) in zip(grid, shown, strict=True):
         of_row[0].set_ylabel(label, fontsize="small")
         for where, image, seen, right in zip(of_row, images, predicted, labels, strict=True):
-            where.imshow(np.clip(image[..., 0], 0, 1), "gray", vmin=0, vmax=1)
+            where.imshow(_shown(image), "gray", vmin=0, vmax=1)
             where.set(xticks=[], yticks=[])
             wrong = seen != right
             where.set_title(f"{seen}{' (wrong)' if wrong else ''}", fontsize=7,

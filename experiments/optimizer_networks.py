@@ -1,8 +1,8 @@
-"""Perceptrons on digits, trained with SGD, with momentum, with Adam and with RMSProp.
+"""Small networks, trained with SGD, with momentum, with Adam and with RMSProp.
 
 Besides the digits there are *band-limited* ones: twice as large, their cosine coefficients padded
 with zeros. Three quarters of their frequencies are irrelevant: no image, of the training or of the
-test set, has energy there. Networks that several studies need are trained once and kept.
+test set, has energy there. Perceptrons that several studies need are trained once and kept.
 """
 
 import functools
@@ -24,6 +24,10 @@ MODEL = models.from_linen(models.MLP((128, 128), num_classes=10))
 # First learning rates. With momentum m a step is 1 / (1 - m) times as long in the end.
 RATES: Mapping[str, float] = {"SGD": 0.3, "Adam": 1e-3, "RMSProp": 1e-3, "SGD-m": 0.03}
 OPTIMIZERS = ("SGD", "Adam", "RMSProp")
+# What they are called elsewhere, and their momentum.
+NAMES: Mapping[str, tuple[str, float]] = {
+    "SGD": ("sgd", 0.0), "Adam": ("adam", 0.0), "RMSProp": ("rmsprop", 0.0), "SGD-m": ("sgd", 0.9),
+}  # fmt: skip
 
 
 class Small(NamedTuple):
@@ -47,15 +51,20 @@ class Recipe(NamedTuple):
     """What is the same in all runs of one program.
 
     Attributes:
-      optimizer: of ``RATES``.
-      height: of the images.
+      optimizer: of ``NAMES``.
+      rate: the first learning rate; a tenth of it from half of the steps on, and a hundredth from
+        three quarters.
+      shape: of an example.
       epochs, batch_size: of training.
+      model: that is trained.
     """
 
     optimizer: str
-    height: int
+    rate: float
+    shape: tuple[int, ...]
     epochs: int
     batch_size: int = 64
+    model: models.Model = MODEL
 
 
 class Knobs(NamedTuple):
@@ -95,13 +104,12 @@ def load_task(small: Small, task: str) -> noisy_digits.Task:
 
 
 def make_optimizer(name: str, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """One of ``RATES``, with the defaults of PyTorch: RMSProp forgets slower than optax has it."""
-    if name == "RMSProp":
-        return optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False)
+    """An optimizer by the name in the tables, with the defaults of PyTorch."""
+    known, momentum = NAMES[name]
     return choices.make_optimizer(
-        "adam" if name == "Adam" else "sgd",
+        known,
         schedule,
-        momentum=0.9 if name == "SGD-m" else 0.0,
+        momentum=momentum,
         weight_decay=0.0,
         max_norm=1.0,  # of no use to these
     )
@@ -114,42 +122,49 @@ def initial(small: Small, task: str) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(height: int, seeds: Array) -> Any:
-    return jax.vmap(lambda seed: _start(height, seed)[0])(seeds)
+    return jax.vmap(lambda seed: _start(MODEL, (height, height, 1), seed)[0])(seeds)
 
 
-def _start(height: int, seed: Any) -> tuple[Any, Any]:
+def _start(model: models.Model, shape: tuple[int, ...], seed: Any) -> tuple[Any, Any]:
     init_key = jax.random.split(jax.random.key(seed), 3)[0]
-    return MODEL.init(init_key, jnp.zeros((1, height, height, 1)))
+    return model.init(init_key, jnp.zeros((1, *shape)))
 
 
 @functools.lru_cache
-def train(small: Small, task: str, optimizer: str) -> Any:
-    """Parameters of networks of all seeds, ``(seeds, ...)`` each."""
+def train(small: Small, task: str, optimizer: str, rate: float | None = None) -> Any:
+    """Parameters of perceptrons of all seeds, ``(seeds, ...)`` each; the rate is of ``RATES``."""
     images = load_task(small, task).train["image"]
-    return train_on(small, task, optimizer, images[None])
+    return train_on(small, task, optimizer, images[None], rate)
 
 
-def train_on(small: Small, task: str, optimizer: str, images: Array) -> Any:
+def train_on(
+    small: Small, task: str, optimizer: str, images: Array, rate: float | None = None
+) -> Any:
     """The same on each version ``images[i]`` of the training images: ``(versions seeds, ...)``."""
-    recipe = Recipe(optimizer, TASKS[task], small.epochs)
-    seeds = np.arange(small.seeds, dtype=np.int32)
+    rate = RATES[optimizer] if rate is None else rate
+    recipe = Recipe(optimizer, rate, images.shape[2:], small.epochs)
+    return fit(recipe, small.seeds, images, load_task(small, task).train["label"])[0]
+
+
+def fit(recipe: Recipe, seeds: int, images: Array, label: Array) -> tuple[Any, Any]:
+    """Parameters and states of networks, trained on each version ``images[i]`` from each seed."""
+    numbers = np.arange(seeds, dtype=np.int32)
     versions = np.arange(len(images), dtype=np.int32)
-    knobs = Knobs(np.tile(seeds, len(versions)), np.repeat(versions, len(seeds)))
-    label = load_task(small, task).train["label"]
+    knobs = Knobs(np.tile(numbers, len(versions)), np.repeat(versions, seeds))
     return side_by_side.run(_run, recipe, knobs, (images, label))
 
 
-def _run(recipe: Recipe, knobs: Knobs, shared: tuple[Array, Array]) -> Any:
+def _run(recipe: Recipe, knobs: Knobs, shared: tuple[Array, Array]) -> tuple[Any, Any]:
     images, label = shared
     train_set = {"image": images[knobs.version], "label": label}
     steps = recipe.epochs * data.steps_per_epoch(len(label), recipe.batch_size)
     _, run_key, order_key = jax.random.split(jax.random.key(knobs.seed), 3)
-    params, model_state = _start(recipe.height, knobs.seed)
+    params, model_state = _start(recipe.model, recipe.shape, knobs.seed)
     schedule = optax.piecewise_constant_schedule(
-        RATES[recipe.optimizer], {steps // 2: 0.1, 3 * steps // 4: 0.1}
+        recipe.rate, {steps // 2: 0.1, 3 * steps // 4: 0.1}
     )
     optimizer = make_optimizer(recipe.optimizer, schedule)
-    step = training.train_step(MODEL.apply, objectives.standard(), optimizer)
+    step = training.train_step(recipe.model.apply, objectives.standard(), optimizer)
     state = training.create_state(params, model_state, optimizer, run_key)
 
     def one_epoch(state, epoch):
@@ -157,11 +172,12 @@ def _run(recipe: Recipe, knobs: Knobs, shared: tuple[Array, Array]) -> Any:
         run = training.several_resident_steps(step, side_by_side.take)
         return run(state, train_set, order)[0], None
 
-    return jax.lax.scan(one_epoch, state, jnp.arange(recipe.epochs))[0].params
+    state = jax.lax.scan(one_epoch, state, jnp.arange(recipe.epochs))[0]
+    return state.params, state.model_state
 
 
 def logits_fn(params: Any) -> models.LogitsFn:
-    """One network in evaluation mode."""
+    """One perceptron in evaluation mode."""
     return models.eval_logits(MODEL.apply, params, {})
 
 
@@ -172,7 +188,7 @@ def evaluate(
     params: Any,
     *shared: Any,
 ) -> tuple[np.ndarray, ...]:
-    """Numbers of every network, ``(networks, ...)`` each.
+    """Numbers of every perceptron, ``(networks, ...)`` each.
 
     Args:
       small: the size.
@@ -182,11 +198,18 @@ def evaluate(
       params: of the networks, ``(networks, ...)``.
       *shared: arrays that ``fn`` needs.
     """
-    networks = np.arange(len(jax.tree.leaves(params)[0]), dtype=np.int32)
-    arrays = (params, load_task(small, task).test, *shared)
-    return side_by_side.run(_evaluate, fn, Place(networks), arrays)
+    return measure(MODEL, fn, (params, {}), load_task(small, task).test, *shared)
 
 
-def _evaluate(fn: Callable, place: Place, arrays: tuple) -> tuple[Array, ...]:
-    params = jax.tree.map(lambda leaf: leaf[place.network], arrays[0])
-    return fn(logits_fn(params), jax.random.key(1), arrays[1:])
+def measure(
+    model: models.Model, fn: Callable, variables: tuple[Any, Any], *shared: Any
+) -> tuple[np.ndarray, ...]:
+    """The same for networks of any model, with ``variables`` as ``fit`` returns them."""
+    networks = np.arange(len(jax.tree.leaves(variables)[0]), dtype=np.int32)
+    return side_by_side.run(_measure, (model, fn), Place(networks), (variables, *shared))
+
+
+def _measure(recipe: tuple, place: Place, arrays: tuple) -> tuple[Array, ...]:
+    model, fn = recipe
+    variables = jax.tree.map(lambda leaf: leaf[place.network], arrays[0])
+    return fn(models.eval_logits(model.apply, *variables), jax.random.key(1), arrays[1:])

@@ -6,7 +6,9 @@ the further figures of appendix 4.E.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,24 +41,47 @@ def _mnist() -> Array:
 
 def energy(small: Small) -> Study:
     """The mean magnitude of each frequency, over training images (figures 4.2, 4.10)."""
-    maps, rows, results = {}, [], {}
-    for name, x in _images(small).items():
-        height, width = x.shape[1:3]
-        maps[name] = np.asarray(dct.spectral_energy(x))
-        idle = np.asarray(dct.irrelevant_bases(x))
-        diagonal = np.diag(maps[name])
-        # Whether each entry is below the one before, as far as there is any energy.
-        falls = np.diff(diagonal[: np.count_nonzero(~np.diag(idle))]) < 0
-        results[name] = {
-            "lowest tenth": float(dct.energy_share(x, dct.dct_bands(height, width)[0])),
-            "irrelevant": int(idle.sum()),
-            "diagonal": diagonal,
-            "falling": float(falls.mean()),
-            "constant": float(np.abs(x.mean(axis=(1, 2, 3))).mean() * math.sqrt(height * width)),
-        }
-        rows.append([name, f"{height}x{width}", f"{100 * results[name]['lowest tenth']:.1f}",
-                     f"{results[name]['irrelevant']}", f"{diagonal[0]:.3g}", f"{diagonal[-1]:.2g}",
-                     f"{100 * results[name]['falling']:.0f}"])  # fmt: skip
+    found = {name: spectrum([x]) for name, x in _images(small).items()}
+    maps = {name: values for name, (values, _) in found.items()}
+    results = {name: values for name, (_, values) in found.items()}
+    return energy_study(maps, results, _energy_claims(maps, results))
+
+
+def spectrum(batches: Iterable[Array]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Mean magnitudes over all images of the batches, and what the tables say of them."""
+    count, total, idle, maps, low, constant = 0, 0.0, True, 0.0, 0.0, 0.0
+    for x in batches:
+        n, height, width, _ = x.shape
+        energy = float(np.square(np.asarray(x, np.float64)).sum())
+        maps = maps + n * np.asarray(dct.spectral_energy(x), np.float64)
+        low += energy * float(dct.energy_share(x, dct.dct_bands(height, width)[0]))
+        idle = idle & np.asarray(dct.irrelevant_bases(x))
+        constant += float(np.abs(np.mean(x, axis=(1, 2, 3))).sum()) * math.sqrt(height * width)
+        count, total = count + n, total + energy
+    maps = maps / count
+    diagonal = np.diag(maps)
+    # Whether each entry is below the one before, as far as there is any energy.
+    falls = np.diff(diagonal[: np.count_nonzero(~np.diag(idle))]) < 0
+    return maps, {
+        "images": count,
+        "lowest tenth": low / max(total, 1e-30),
+        "irrelevant": int(idle.sum()),
+        "diagonal": diagonal,
+        "falling": float(falls.mean()),
+        "constant": constant / count,
+    }
+
+
+def energy_study(
+    maps: Mapping[str, np.ndarray], results: Mapping[str, Any], claims: Sequence[Claim]
+) -> Study:
+    """The table and the figure of several sets of images."""
+    rows = []
+    for name, found in results.items():
+        height, width = maps[name].shape
+        rows.append([name, f"{height}x{width}", f"{100 * found['lowest tenth']:.1f}",
+                     f"{found['irrelevant']}", f"{found['diagonal'][0]:.3g}",
+                     f"{found['diagonal'][-1]:.2g}", f"{100 * found['falling']:.0f}"])  # fmt: skip
     return Study(
         "Energy in the cosine frequencies of images",
         ["images", "size", "energy in the lowest tenth %", "irrelevant bases", "first magnitude",
@@ -64,7 +89,7 @@ def energy(small: Small) -> Study:
          "steps of the diagonal that fall %"],
         rows,
         results,
-        _energy_claims(maps, results),
+        claims,
         functools.partial(optimizer_figures.energy, maps=maps),
     )  # fmt: skip
 
@@ -102,19 +127,24 @@ REMOVED = (10, 30, 50, 70, 90)
 def panels(small: Small) -> Study:
     """Images after both filters, what they remove, and their masks (figures 4.4, 4.11 to 4.16)."""
     sets = _images(small)
+    return panel_study({name: sets[name][:200] for name in ("MNIST-5k", "digits")})
+
+
+def panel_study(sets: Mapping[str, Array], *, apart: bool = False) -> Study:
+    """What the filters leave of sets of images; one figure, or one for each ``apart``."""
     rows, results, pictures, better = [], {}, {}, []
-    for name in ("MNIST-5k", "digits"):
-        x = sets[name][:200]
+    for name, x in sets.items():
         height, width = x.shape[1:3]
         total = jnp.sum(x**2)
         pictures[name] = {}
         for p in REMOVED:
             found = {"energy": dct.energy_filter(x, p), "low-pass": dct.low_pass_filter(x, p)}
             spectra = {kind: np.abs(dct.dct(out, batch_ndim=1)) for kind, out in found.items()}
-            masks = {"energy": spectra["energy"][0, :, :, 0] > 1e-5,
-                     "low-pass": dct.low_pass_mask(height, width, p)}  # fmt: skip
+            # Bases that are left, beyond rounding; the channels share them.
+            left = spectra["energy"].max(axis=3) > 1e-6 * math.sqrt(height * width)
+            masks = {"energy": left[0], "low-pass": dct.low_pass_mask(height, width, p)}
             kept = {kind: float(jnp.sum(out**2) / total) for kind, out in found.items()}
-            bases = {"energy": float((spectra["energy"] > 1e-5).mean()),
+            bases = {"energy": float(left.mean()),
                      "low-pass": float(masks["low-pass"].mean())}  # fmt: skip
             results[f"{name}, {p}"] = {"energy kept": kept, "bases kept": bases}
             better.append(kept["energy"] - kept["low-pass"])
@@ -127,19 +157,46 @@ def panels(small: Small) -> Study:
     half = [results[f"{name}, 50"]["energy kept"]["energy"] for name in pictures]
     claims = [
         Claim("the energy filter keeps at least the energy that the low-pass filter keeps",
-              ">= 0 points", f"{100 * min(better):+.2f}", min(better) >= 0),
-        Claim("energy left when half of the bases go by energy: MNIST, digits", "nearly all",
+              ">= 0 points", f"{100 * min(better):+.2f}",
+              # Channels share masks, by their mean magnitude: not the largest energy of colours.
+              None if any(x.shape[3] > 1 for x in sets.values()) else min(better) >= 0),
+        Claim(f"energy left when half of the bases go by energy: {', '.join(pictures)}",
+              "nearly all",
               ", ".join(f"{100 * v:.2f} %" for v in half), None),
     ]  # fmt: skip
+
+    def figure(path: Path) -> None:
+        if not apart:
+            optimizer_figures.panels(path, pictures=pictures)
+            return
+        for name, of_set in pictures.items():
+            optimizer_figures.panels(optimizer_figures.of_name(path, name), pictures={name: of_set})
+
     return Study(
-        "What the filters leave of 200 images",
+        f"What the filters leave of {min(map(len, sets.values()))} images",
         ["images", "removed %", "bases kept %, energy", "bases kept %, low-pass",
          "energy kept %, energy", "energy kept %, low-pass"],
         rows,
         results,
         claims,
-        functools.partial(optimizer_figures.panels, pictures=pictures),
+        figure,
     )  # fmt: skip
+
+
+def band_noises(
+    key: Key[Array, ""], masks: np.ndarray, draws: int, *, channels: int, std: float
+) -> Array:
+    """Noise in each band, ``(bands, draws, h, w, c)``; the bands share their coefficients."""
+    keys = jax.random.split(key, draws)
+    return _band_noises(keys, jnp.asarray(masks), channels, std)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _band_noises(keys: Array, masks: Array, channels: int, std: Any) -> Array:
+    def of_band(mask):
+        return jax.vmap(lambda key: dct.band_noise(key, mask, channels, std=std))(keys)
+
+    return jax.lax.map(of_band, masks)
 
 
 SHOWN = 8

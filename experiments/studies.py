@@ -15,8 +15,7 @@ from robustjax.benchmark.environment import environment
 from robustjax.training import report
 
 # Settings that say where, how and how much of it is run, not what a study computes.
-NOT_OF_A_STUDY = ("workdir", "resume", "dry_run", "study", "data_dir", "assert_claims",
-                  "distributed", "coordinator_address", "num_processes", "process_id")  # fmt: skip
+NOT_OF_A_STUDY = ("workdir", "resume", "dry_run", "study", "data_dir", "assert_claims")
 
 
 class Study(NamedTuple):

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import training_run
+from experiments import choices, fine_tuning, training_run
 from experiments.training_settings import Settings
 from robustjax import checks, data, models, training
+from robustjax.benchmark import import_torch
 from robustjax.training import checkpoint, report
 
 
@@ -63,6 +64,39 @@ def variables(
     checks.choice("which", which, ("best", "last"))
     _, _, state = _restored(Path(directory), which, data_dir)
     return state.params, state.model_state
+
+
+def encoder(settings: Settings, facts: choices.DataFacts) -> tuple[Any, Any]:
+    """What ``settings.pretrained`` holds, without the last layer: parameters and statistics.
+
+    Raises:
+      ValueError: the file or the run cannot be read, or is of another network.
+    """
+    module = training_run.module_of(settings, facts, jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
+    shapes = jax.eval_shape(models.from_linen(module).init, jax.random.key(0), image)
+    if Path(settings.pretrained).is_dir():
+        params, model_state = variables(settings.pretrained, data_dir=settings.data_dir)
+        params = fine_tuning.without_head(params)
+    else:
+        imported, params, model_state = import_torch.convert(
+            import_torch.read_state_dict(settings.pretrained),
+            module,
+            image_channels=facts.image_shape[-1],
+            image_size=facts.image_shape[0],
+            head=False,
+        )
+        if imported != module:
+            raise ValueError(
+                f"pretrained must hold no normalisation of its own, got {settings.pretrained}"
+            )
+    wanted = (fine_tuning.without_head(shapes[0]), shapes[1])
+    if jax.tree.map(jnp.shape, (params, model_state)) != jax.tree.map(jnp.shape, wanted):
+        raise ValueError(
+            f"pretrained must be a {settings.model} of these settings, got another network in "
+            f"{settings.pretrained}"
+        )
+    return params, model_state
 
 
 def _restored(

@@ -7,30 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import choices
+from experiments import choices, fine_tuning, training_fit, training_measures
 from experiments.training_settings import Settings
 from robustjax import (
     attacks,
-    checks,
     data,
     gradients,
-    losses,
-    metrics,
     models,
     objectives,
     parallel,
     training,
 )
 from robustjax.threat import ThreatModel
-from robustjax.training import checkpoint, feed, figures, report
-
-# Norm bounds for which the error of regressed weights is recorded: Dabouei et al. (2022), Fig. 3.
-WEIGHT_ERROR_ALPHAS = (0.1, 1.0, 3.0)
+from robustjax.training import feed, figures, report
 
 
 def load_split(settings: Settings, split: str) -> data.Dataset | data.Source:
@@ -71,14 +66,31 @@ def facts_of(settings: Settings, train: data.Dataset | data.Source) -> choices.D
     return choices.DataFacts(shape, train.num_classes, len(train))
 
 
+def module_of(settings: Settings, facts: choices.DataFacts, dtype: Any) -> nn.Module:
+    """The network of the settings, computing in ``dtype``."""
+    make = choices.MODELS[settings.model]
+    return make(facts.num_classes, settings.width, settings.normalization, dtype)
+
+
 def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts:
     """Turns the names of the settings into functions; computes nothing."""
-    threat = ThreatModel(choices.NORMS[settings.norm], settings.eps)
+    threat = ThreatModel(
+        choices.NORMS[settings.norm], settings.eps, *data.bounds(facts.image_shape)
+    )
+    # With sharded parameters the step is written for the whole batch, and has no axis.
+    axis = parallel.AXIS if settings.parameters == "replicated" else None
+    if len(facts.image_shape) == 2 and (settings.augmentation, settings.image_filter) != (
+        "none",
+        "none",
+    ):
+        raise ValueError(
+            "augmentation and image_filter must be none for waveforms, got "
+            f"{settings.augmentation} and {settings.image_filter}"
+        )
 
     def model(dtype):
-        make = choices.MODELS[settings.model]
-        module = make(facts.num_classes, settings.width, settings.normalization, dtype)
-        return models.from_linen(module)
+        found = models.from_linen(module_of(settings, facts, dtype))
+        return fine_tuning.frozen_encoder(found) if settings.frozen == "encoder" else found
 
     steps_per_epoch = data.steps_per_epoch(facts.train_size, settings.batch_size)
     optimizer = choices.make_optimizer(
@@ -92,11 +104,14 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
             decay=settings.decay,
             peak=settings.cycle_peak,
             end=settings.cycle_end,
+            warmup=settings.rate_warmup,
         ),
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         max_norm=settings.max_norm,
     )
+    if settings.frozen == "encoder":
+        optimizer = fine_tuning.only_head(optimizer)
     warmup = settings.eps_warmup * steps_per_epoch
     growth = optax.linear_schedule(0.0, 1.0, warmup)
     oracle = choices.make_oracle(
@@ -107,7 +122,7 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
         norm_rule=settings.norm_rule,
         awp=settings.awp,
         awp_warmup=settings.awp_warmup * steps_per_epoch,
-        axis_name=parallel.AXIS,
+        axis_name=axis,
         threat=threat,
         batch_shape=(settings.batch_size, *facts.image_shape),
         replays=settings.replays,
@@ -121,13 +136,14 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
         size = None if size is None else scale * size
         now = threat
         if settings.warmup == "radius":
-            now = ThreatModel(threat.norm, scale * settings.eps)
+            now = dataclasses.replace(threat, eps=scale * settings.eps)
         attack = choices.make_attack(
             settings.attack,
             now,
             steps=settings.attack_steps,
             step_size=size,
             start=settings.attack_start,
+            rule=settings.attack_rule,
         )
         plain = choices.make_objective(
             objective,
@@ -137,6 +153,7 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
             step_size=size,
             beta=settings.beta,
             attack_mode=settings.attack_mode,
+            rule=settings.attack_rule,
             max_margin=settings.max_margin,
             point=settings.evaluation_point,
             weight=settings.penalty_weight,
@@ -151,9 +168,13 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
         objectives.scheduled(objective_at, growth) if warmup and objective != "standard" else final,
         optimizer,
         oracle=oracle,
-        augment=choices.make_augmentation(settings.augmentation),
+        augment=choices.make_augmentation(
+            settings.augmentation,
+            image_filter=settings.image_filter,
+            removed=settings.filter_removed,
+        ),
         replays=replays_of(settings),
-        axis_name=parallel.AXIS,
+        axis_name=axis,
     )
     return Parts(
         compute_model, model(jnp.float32), optimizer, oracle, final, step, threat, steps_per_epoch
@@ -184,20 +205,9 @@ def test_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.A
         select="any",
     )
     return {
-        **validation_attacks(settings, threat),
+        **training_measures.validation_attacks(settings, threat),
         f"pgd{settings.test_steps}-{settings.test_restarts}": restarted,
     }
-
-
-def validation_attacks(settings: Settings, threat: ThreatModel) -> dict[str, attacks.Attack]:
-    """PGD; by default on the margin loss, as in Dabouei et al. (2022), section 4.1."""
-    attack = attacks.pgd(
-        threat,
-        steps=settings.validation_steps,
-        step_size=threat.eps * settings.validation_step_size,
-        loss=choices.LOSSES[settings.validation_loss],
-    )
-    return {f"pgd{settings.validation_steps}": attack}
 
 
 def run_objective(
@@ -209,7 +219,8 @@ def run_objective(
 ) -> dict[str, Any]:
     """Trains and evaluates one model; returns what ``results.json`` holds.
 
-    ``start`` are parameters and statistics to begin with, in place of random ones.
+    ``start`` are parameters and statistics to begin with, in place of random ones; those of a layer
+    that is not among them are random.
     """
     mesh = parallel.device_mesh()
     train = splits["train"]
@@ -220,69 +231,31 @@ def run_objective(
     example = jnp.zeros((1, *facts.image_shape))
     params, model_state = jax.jit(lambda key: parts.model.init(key, example))(init_key)
     if start is not None:
-        params, model_state = start
+        params, model_state = {**params, **start[0]}, {**model_state, **start[1]}
     fresh = training.create_state(
         params, model_state, parts.optimizer, run_key, oracle=parts.oracle
     )
-    fresh = parallel.replicate(fresh, mesh)
-
-    report.print_lines(
-        f"{objective}: {settings.model}, {training.parameter_count(params):,} parameters; "
-        f"{len(train):,} training images, {parts.steps_per_epoch} steps an epoch, "
-        f"{settings.epochs} epochs; {mesh.size} x {mesh.devices.flat[0].device_kind}"
-    )
+    specs = parallel.shard_specs(fresh, mesh) if settings.parameters == "sharded" else None
+    fresh = parallel.place(fresh, mesh, specs)
     chosen_by = selection_metric(settings, objective)
-    validate = training.make_evaluator(
-        parts.exact_model.apply, validation_attacks(settings, parts.threat), mesh
+    best, last = training_fit.fit_saved(
+        settings,
+        objective,
+        fresh,
+        _advance(settings, parts, train, order_key, mesh, specs),
+        training_measures.make_measure(
+            settings,
+            parts.objective,
+            parts.exact_model,
+            parts.threat,
+            {**splits, "train": squared(settings, train)},
+            test_key,
+            mesh,
+        ),
+        workdir,
+        steps_per_epoch=parts.steps_per_epoch,
+        best_metric=chosen_by,
     )
-    measure = None
-    if settings.probe:
-        measure = _gradient_measure(settings, parts, squared(settings, train), test_key)
-    monitor = _monitor(settings, parts, splits["test"], test_key) if settings.monitor else None
-    total = settings.epochs * parts.steps_per_epoch
-    with checkpoint.open_checkpoints(workdir / "checkpoints", best_metric=chosen_by) as manager:
-        resumed = settings.resume and manager.latest_step() is not None
-        state = checkpoint.restore(manager, fresh) if resumed else fresh
-        progress = report.Progress(total, start=int(state.step), label=objective)
-        with report.MetricsWriter(workdir, from_step=int(state.step)) as writer:
-
-            def on_dispatch(step: int, metrics: dict[str, np.ndarray]) -> None:
-                means = {name: float(values.mean()) for name, values in metrics.items()}
-                writer.write(step, "train", means)
-                progress(step, {name: means[name] for name in ("loss",)})
-
-            def on_epoch(epoch: int, state: training.TrainState) -> None:
-                if epoch % settings.checkpoint_every and epoch != settings.epochs:
-                    return
-                verdicts = validate(
-                    state.params,
-                    state.model_state,
-                    test_key,
-                    data.eval_batches(splits["validation"], settings.test_batch_size),
-                )
-                accuracies = {name: float(v.mean()) for name, v in verdicts.items()}
-                writer.write(int(state.step), "validation", accuracies)
-                if settings.monitor:
-                    writer.write(int(state.step), "monitor", monitor(state))
-                if settings.probe:
-                    writer.write(int(state.step), "gradients", measure(state))
-                progress(int(state.step), accuracies, keep=True)
-                checkpoint.save(manager, state, accuracies)
-
-            last = training.fit(
-                state,
-                _advance(settings, parts, train, order_key, mesh),
-                epochs=settings.epochs,
-                steps_per_epoch=parts.steps_per_epoch,
-                dispatch=training.steps_per_dispatch(parts.steps_per_epoch, settings.dispatch),
-                on_dispatch=on_dispatch,
-                on_epoch=on_epoch,
-            )
-        manager.wait_until_finished()
-        best_step = manager.best_step()
-        best = last
-        if best_step is not None and best_step != int(last.step):
-            best = checkpoint.restore(manager, fresh, step=best_step)
 
     evaluate = training.make_evaluator(
         parts.exact_model.apply, test_attacks(settings, parts.threat), mesh
@@ -320,17 +293,21 @@ def run_objective(
         figures.training_curves(
             report.read_metrics(workdir), workdir / "curves.png", title=f"{objective} training"
         )
-        _panel(settings, objective, parts, best, splits["test"], test_key, workdir)
+        if len(facts.image_shape) == 3:
+            _panel(settings, objective, parts, best, splits["test"], test_key, workdir)
         report.write_json(workdir / "results.json", results)
     return results
 
 
-def _advance(settings, parts, train, key, mesh):
-    replays = replays_of(settings)
+def _advance(settings, parts, train, key, mesh, state_specs):
+    how = {
+        "mesh": mesh,
+        "replays": replays_of(settings),
+        "nonfinite": settings.nonfinite,
+        "state_specs": state_specs,
+    }
     if settings.placement == "device":
-        return feed.resident(
-            parts.step, train, key=key, batch_size=settings.batch_size, mesh=mesh, replays=replays
-        )
+        return feed.resident(parts.step, train, key=key, batch_size=settings.batch_size, **how)
     size = settings.image_size
     return feed.streamed(
         parts.step,
@@ -342,80 +319,8 @@ def _advance(settings, parts, train, key, mesh):
             random_transform=None if size is None else data.random_resized_crop(size),
         ),
         steps_per_epoch=parts.steps_per_epoch,
-        mesh=mesh,
-        replays=replays,
+        **how,
     )
-
-
-def _gradient_measure(settings, parts, train, key):
-    """Norms of the gradients of the first training examples, without augmentation."""
-    n = settings.probe
-    checks.integer("probe", n, at_most=len(train))
-    chunk = max(k for k in range(1, min(n, settings.batch_size) + 1) if n % k == 0)
-    shown = [train[i] for i in range(n)]
-    batch = {
-        "image": jnp.asarray(data.as_float(np.stack([example["image"] for example in shown]))),
-        "label": jnp.asarray([int(example["label"]) for example in shown], jnp.int32),
-        "index": jnp.arange(n, dtype=jnp.int32),
-        "step": jnp.zeros((), jnp.int32),
-    }
-    loss_fn = parts.objective(parts.exact_model.apply)
-    probe = jax.jit(gradients.gradient_probe(loss_fn, chunk=chunk))
-    in_training = jax.jit(gradients.gradient_probe(loss_fn, chunk=chunk, mode="train"))
-
-    def measure(state) -> dict[str, float]:
-        params, model_state = parallel.to_host((state.params, state.model_state))
-        found = probe(params, model_state, key, batch)
-        moments = metrics.gradient_moments(found.parameter_norm, found.mean_gradient)
-        norms = (found.parameter_norm, found.input_norm)
-        more = {}
-        if settings.probe_train:
-            found = in_training(params, model_state, key, batch)
-            more["correlation_train"] = metrics.correlation(found.parameter_norm, found.input_norm)
-        return {
-            **more,
-            "mean_norm": float(moments.mean_norm),
-            "variance": float(moments.variance),
-            "correlation": metrics.correlation(*norms),
-            **{
-                f"weight_error_{alpha:g}": metrics.regressed_weight_error(*norms, alpha)
-                for alpha in WEIGHT_ERROR_ALPHAS
-            },
-        }
-
-    return measure
-
-
-def _monitor(settings, parts, test, key):
-    """Signs of catastrophic overfitting, on the first test examples."""
-    n = checks.integer("monitor", settings.monitor, at_most=len(test))
-    shown = [test[i] for i in range(n)]
-    x = jnp.asarray(data.as_float(np.stack([example["image"] for example in shown])))
-    y = jnp.asarray([int(example["label"]) for example in shown], jnp.int32)
-    threat = parts.threat
-    pgd = attacks.pgd(threat, steps=10, step_size=threat.eps / 4)
-    at_random = attacks.pgd(threat, steps=0, clip_start=False)
-
-    @jax.jit
-    def measured(params, model_state):
-        logits_fn = models.eval_logits(parts.exact_model.apply, params, model_state)
-        found = {"fgsm": attacks.fgsm(threat)(logits_fn, key, x, y),
-                 "pgd": pgd(logits_fn, key, x, y)}  # fmt: skip
-        noise = at_random(logits_fn, key, x, y) - x
-        out = {"clean": metrics.correct(logits_fn(x), y).mean()}
-        for name, x_adv in found.items():
-            logits = logits_fn(x_adv)
-            out[f"{name}_accuracy"] = metrics.correct(logits, y).mean()
-            out[f"{name}_loss"] = losses.cross_entropy(logits, y).mean()
-        out["alignment"] = metrics.gradient_alignment(logits_fn, x, y, noise).mean()
-        out["cosine_fgsm_pgd"] = metrics.cosine(found["fgsm"] - x, found["pgd"] - x).mean()
-        return out
-
-    def measure(state) -> dict[str, float]:
-        params, model_state = parallel.to_host((state.params, state.model_state))
-        return {name: float(value) for name, value in measured(params, model_state).items()}
-
-    return measure
 
 
 def _panel(settings, objective, parts, state, test, key, workdir) -> None:

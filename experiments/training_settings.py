@@ -5,6 +5,7 @@ import dataclasses
 from experiments import choices, command_line
 from experiments.command_line import setting
 from robustjax import checks
+from robustjax.training.step import NONFINITE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Settings:
         unit="examples")
     augmentation: str = setting(
         "crop_and_flip", "per-example augmentation", "data", choices=choices.AUGMENTATIONS)
+    image_filter: str = setting(
+        "none", "cosine frequencies that training images lose after augmentation: those of least "
+        "magnitude, or the highest", "data", choices=("none", *choices.FILTERS))
+    filter_removed: float = setting(0.0, "how many", "data", unit="percent")
     image_size: int | None = setting(
         None, "images become squares of this side: random rectangles of them in training, their "
         "middle in evaluation; needs placement host. None: as they are", "data", unit="pixels")
@@ -87,6 +92,9 @@ class Settings:
     attack_steps: int = setting(10, "steps of the attack in training", "attack")
     attack_step_size: float | None = setting(
         2 / 255, "length of a step; None: that of the attack", "attack", unit="input units")
+    attack_rule: str = setting(
+        "steepest", "what PGD in training steps by: the steepest direction, or Adam, whose "
+        "learning rate is attack_step_size", "attack", choices=choices.STEP_RULES)
     attack_start: str = setting(
         "uniform", "where PGD starts in training", "attack", choices=("zero", "uniform"))
     attack_mode: str = setting(
@@ -102,8 +110,17 @@ class Settings:
     milestones: tuple[int, ...] = setting(
         (75, 90), "where a piecewise schedule falls", "optimizer", unit="epochs")
     decay: float = setting(0.1, "factor at a milestone", "optimizer")
+    rate_warmup: int = setting(
+        0, "the learning rate rises linearly from 0 over these, before a cosine schedule falls",
+        "optimizer", unit="epochs")
     start_from: str | None = setting(
         None, "folder WORKDIR/OBJECTIVE of a run; training goes on from its last network", "run")
+    pretrained: str | None = setting(
+        None, "network to begin with, but for its last layer: the folder of a run, as start_from, "
+        "or a file of PyTorch weights (.safetensors, .npz, .pt), as timm's of ViT-B/16", "run")
+    frozen: str = setting(
+        "none", "what keeps its weights: nothing, or the encoder, all but the last layer; it then "
+        "stays in evaluation mode", "run", choices=("none", "encoder"))
     cycle_peak: float = setting(
         0.4, "share of the epochs after which a cyclic schedule is at learning_rate", "optimizer")
     cycle_end: float = setting(0.0, "learning rate at the end of a cyclic schedule", "optimizer")
@@ -116,6 +133,19 @@ class Settings:
     dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
     dispatch: int = setting(50, "training steps per call of the compiled function, at most", "run")
     checkpoint_every: int = setting(1, "validation and checkpoint", "run", unit="epochs")
+    save_every: int = setting(
+        0, "checkpoints to resume from, between validations, at the end of a dispatch; 0: none. A "
+        "run that is told to end (SIGTERM) saves one in any case", "run", unit="steps")
+    nonfinite: str = setting(
+        "stop", "what is done about a loss or gradient that is not finite: end the run with the "
+        "state before it saved, or go on without the step", "run", choices=NONFINITE)
+    parameters: str = setting(
+        "replicated", "every device has all parameters and optimizer state, or its share of large "
+        "ones, for models that do not fit (batch statistics are then those of the whole batch)",
+        "run", choices=("replicated", "sharded"))
+    profile: bool = setting(
+        False, "write a trace of the second dispatch to WORKDIR/OBJECTIVE/profile, for TensorBoard "
+        "and Perfetto", "run")
     selection: str = setting(
         "validation", "what the best checkpoint is chosen on: the validation set, or the first 256 "
         "training examples", "evaluation", choices=("validation", "train"))
@@ -139,12 +169,6 @@ class Settings:
         None, "first test examples that are attacked; None: all", "evaluation", unit="examples")
     test_batch_size: int = setting(
         1000, "batch size of evaluation", "evaluation", unit="examples")
-    distributed: bool = setting(
-        False, "start jax.distributed: one process per host, same flags on each", "hosts")
-    coordinator_address: str | None = setting(
-        None, "HOST:PORT of the first process; None: found by JAX on TPU and Slurm", "hosts")
-    num_processes: int | None = setting(None, "number of processes; None: found by JAX", "hosts")
-    process_id: int | None = setting(None, "number of this process; None: found by JAX", "hosts")
     # fmt: on
 
     def __post_init__(self):
@@ -153,7 +177,7 @@ class Settings:
             raise ValueError(f"objective must name each one once, got {','.join(self.objective)}")
         for name in (
             "attack_steps", "validation_steps", "test_steps", "epochs", "eps_warmup", "awp_warmup",
-            "probe", "monitor",
+            "probe", "monitor", "rate_warmup", "save_every",
         ):  # fmt: skip
             checks.integer(name, getattr(self, name))
         for name in (
@@ -181,6 +205,7 @@ class Settings:
         for name in ("learning_rate", "alpha", "alpha_naive", "max_norm", "penalty_bound",
                      "validation_step_size"):  # fmt: skip
             checks.number(name, getattr(self, name), above=0)
+        checks.number("filter_removed", self.filter_removed, at_least=0, below=100)
         checks.number("cycle_peak", self.cycle_peak, at_least=0, at_most=1)
         checks.number("cycle_end", self.cycle_end, at_least=0)
         checks.number("momentum", self.momentum, at_least=0, below=1)
@@ -188,9 +213,6 @@ class Settings:
             if checks.integer("milestones", epoch) <= before:
                 raise ValueError(f"milestones must rise from 1 on, got {self.milestones}")
         self._check_combinations()
-        for name in ("coordinator_address", "num_processes", "process_id"):
-            if getattr(self, name) is not None and not self.distributed:
-                raise ValueError(f"{name} needs distributed, got {getattr(self, name)} without it")
 
     def _check_combinations(self):
         """Refuses settings that do not go together."""
@@ -218,11 +240,22 @@ class Settings:
             )
         if self.warmup == "step" and self.eps_warmup and self.attack_step_size is None:
             raise ValueError("attack_step_size must be given for warmup step, got None")
+        if self.pretrained is not None and self.start_from is not None:
+            raise ValueError(
+                f"pretrained must be None with start_from, got {self.pretrained} and "
+                f"{self.start_from}"
+            )
+        if self.attack_rule == "adam" and self.attack_step_size is None:
+            raise ValueError("attack_step_size must be given for attack_rule adam, got None")
+        if self.rate_warmup and (self.schedule != "cosine" or self.rate_warmup >= self.epochs):
+            raise ValueError(
+                "rate_warmup must be below epochs and needs schedule cosine, got "
+                f"{self.rate_warmup} of {self.epochs}, {self.schedule}"
+            )
         if "soar" in (self.penalty, *self.objective) and self.norm != "linf":
             raise ValueError(f"norm must be linf for soar, got {self.norm}")
 
 
 # Settings that say where and how a run is started, not what it computes: they may change when it is
 # resumed.
-NOT_OF_THE_RUN = ("workdir", "resume", "dry_run", "data_dir", "distributed", "coordinator_address",
-                  "num_processes", "process_id")  # fmt: skip
+NOT_OF_THE_RUN = ("workdir", "resume", "dry_run", "data_dir", "save_every", "nonfinite", "profile")

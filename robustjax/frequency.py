@@ -5,7 +5,8 @@ Euclidean norm, and its inverse is its adjoint. (Without the factor all norms be
 ``sqrt(d)``.) A signal is a vector ``(d,)``; an image ``(h, w, c)`` is transformed over its two
 spatial axes, each channel for itself. With ``batch_ndim=k`` the ``k`` leading axes are batch axes.
 Frequencies are ordered as ``jnp.fft.fftfreq`` has them, in cycles per sample (pixel), from -1/2
-to 1/2. The cosine transform, with its filters and bands, is in ``robustjax.dct``.
+to 1/2. ``correlate`` and ``convolve`` are the circular filters, products in frequency space. The
+cosine transform, with its filters and bands, is in ``robustjax.dct``.
 """
 
 import jax.numpy as jnp
@@ -46,6 +47,33 @@ def inverse_dft(spectrum: Complex[Array, "..."], batch_ndim: int = 0) -> Float[A
     """
     axes = spatial_axes("spectrum", spectrum, batch_ndim)
     return jnp.fft.ifftn(spectrum, axes=axes, norm="ortho").real
+
+
+def correlate(w: Float[Array, " d"], x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """``d^{-1/2} sum_k w_k x_{i+k}``, indices modulo d: the layer that deep learning uses.
+
+    Args:
+      w: filter, as wide as the signals.
+      x: signals.
+
+    Raises:
+      ValueError: the widths differ.
+    """
+    return _filtered(jnp.conj(dft(w)), w, x)
+
+
+def convolve(w: Float[Array, " d"], x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """``d^{-1/2} sum_k w_{-k} x_{i+k}``, indices modulo d: the convolution of signal processing.
+
+    Args and errors as of ``correlate``.
+    """
+    return _filtered(dft(w), w, x)
+
+
+def _filtered(spectrum: Array, w: Array, x: Array) -> Array:
+    if w.ndim != 1 or x.shape[-1:] != w.shape:
+        raise ValueError(f"w must be as wide as the signals, {x.shape[-1:]}, got {w.shape}")
+    return inverse_dft(spectrum * dft(x, x.ndim - 1), x.ndim - 1).astype(x.dtype)
 
 
 def spatial_axes(name: str, v: Array, batch_ndim: int) -> tuple[int, ...]:

@@ -52,20 +52,96 @@ def parallel(
     return jax.jit(mapped, donate_argnums=donate_argnums)
 
 
+def automatic(
+    fn: Callable,
+    mesh: Mesh,
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    donate_argnums: int | tuple[int, ...] = (),
+) -> Callable:
+    """``jax.jit(fn)`` with its arguments and results split as told; the compiler divides the work.
+
+    In contrast to ``parallel``, ``fn`` is written for whole arrays and names no axis. Batch
+    statistics are those of the whole batch.
+
+    Args:
+      fn: the function of whole arrays.
+      mesh: from ``device_mesh``.
+      in_specs: for each argument a partition spec, or a tree of them as from ``shard_specs``.
+      out_specs: the same for each result.
+      donate_argnums: arguments whose buffers may be reused.
+    """
+
+    def shardings(specs: Any) -> Any:
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+        )
+
+    return jax.jit(
+        fn,
+        in_shardings=shardings(in_specs),
+        out_shardings=shardings(out_specs),
+        donate_argnums=donate_argnums,
+    )
+
+
+def shard_specs(tree: Any, mesh: Mesh, *, at_least: int = 2**14) -> Any:
+    """How a state is split over the devices: each large array along its longest axis.
+
+    Each device then holds its share of the parameters and of what the optimizer keeps for them;
+    what it needs of the other shares, it gets when it computes (ZeRO stage 3, Rajbhandari et al.
+    2020, also known as fully sharded data parallelism). The last of equally long axes is taken,
+    which in a kernel is that of its outputs.
+
+    Args:
+      tree: arrays or shapes.
+      mesh: from ``device_mesh``.
+      at_least: elements of the smallest array that is split.
+
+    Returns:
+      A partition spec for each array: replicated where no axis divides by the number of devices.
+    """
+    checks.integer("at_least", at_least, at_least=1)
+
+    def spec(x: Any) -> P:
+        axes = [i for i, size in enumerate(x.shape) if size % mesh.size == 0 and size]
+        if x.size < at_least or not axes:
+            return REPLICATED
+        longest = max(axes, key=lambda i: (x.shape[i], i))
+        return P(*(AXIS if i == longest else None for i in range(x.ndim)))
+
+    return jax.tree.map(spec, tree)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies the same values to every device of the mesh; each host passes equal values."""
-    sharding = NamedSharding(mesh, REPLICATED)
+    return place(tree, mesh, None)
 
-    def place(x: Any) -> jax.Array:
+
+def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    """Places values on the devices as the specs say; each host passes equal, whole values.
+
+    Args:
+      tree: arrays or typed keys.
+      mesh: from ``device_mesh``.
+      specs: a partition spec for each, as from ``shard_specs``; None: all are replicated.
+    """
+    if specs is None:
+        specs = jax.tree.map(lambda x: REPLICATED, tree)
+
+    def put(x: Any, spec: P) -> jax.Array:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
-                place(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+                put(jax.random.key_data(x), spec), impl=jax.random.key_impl(x)
             )
         # A true copy, since placing an array may share its buffer: training donates its state, and
         # must not delete the caller's arrays with it.
-        return jax.make_array_from_process_local_data(sharding, np.array(x))
+        whole = np.array(x)
+        sharding = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda share: whole[share])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(put, tree, specs)
 
 
 def split(tree: Any, mesh: Mesh, spec: P = SPLIT) -> Any:
@@ -121,3 +197,12 @@ def to_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(fetch, tree)
+
+
+def gathered(x: np.ndarray) -> np.ndarray:
+    """Each host's array, on all of them, joined along the first axis in the order of the hosts."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental import multihost_utils
+
+    return np.concatenate(multihost_utils.process_allgather(x))

@@ -20,3 +20,13 @@ def plain_calls():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the faults of tests/survival came to, wherever their tests ran."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    found = [value for r in reports for name, value in r.user_properties if name == "survival"]
+    if found:
+        terminalreporter.section("survival: fault, tried, survived, steps lost (most, in all)")
+        for fault, tried, survived, lost in found:
+            terminalreporter.line(f"{fault:48} {tried:3} {survived:3}  {lost}")

@@ -183,5 +183,5 @@ def test_hold_out_refuses_a_size_that_leaves_nothing(plain_calls):
 
 
 def test_as_float_refuses_other_integers():
-    with pytest.raises(ValueError, match="images must be uint8 or floating-point, got int32"):
+    with pytest.raises(ValueError, match="images must be uint8, int16 or floating-point, got int"):
         data.as_float(np.zeros((2, 2), np.int32))

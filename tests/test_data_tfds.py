@@ -114,12 +114,18 @@ try:
 except ModuleNotFoundError:
     from robustjax import data
     print(data.load("tiny_shapes", "test", data_dir=sys.argv[1]).image.sum())
+    try:
+        data.load("tiny_sounds", "test", data_dir=sys.argv[1])
+    except ValueError as error:
+        print(error)
 """
 
 
 def test_reading_needs_no_tensorflow(splits, data_dir):
     out = run("-c", READ_WITHOUT_TENSORFLOW, data_dir)
-    assert int(out) == splits["test"].image.sum()
+    total, *_, refusal = out.splitlines()
+    assert int(total) == splits["test"].image.sum()
+    assert refusal.startswith("data set 'tiny_sounds' has features, such as sounds, that need Tens")
     assert "tensorflow" not in sys.modules
 
 
@@ -160,6 +166,19 @@ def test_a_test_split_without_labels_gives_way_to_validation(data_dir):
     train = data.load("tiny_contest", "train", data_dir=data_dir, validation_size=0)
     expected = rows(*tiny_shapes.examples("train"))
     np.testing.assert_array_equal(rows(train.image, train.label), expected)
+
+
+def test_sounds_come_as_one_second_of_sixteen_bits(data_dir):
+    """Cut, or filled up with zeros; read where TensorFlow is, which their format needs."""
+    with np.load(f"{data_dir}/tiny_sounds.npz") as found:
+        assert int(found["num_classes"]) == 3
+        for split in ("train", "test"):
+            waves, labels = tiny_shapes.sounds(split)
+            expected = np.stack([np.pad(wave, (0, 10))[:10] for wave in waves])[..., None]
+            assert found[f"x_{split}"].dtype == np.int16
+            np.testing.assert_array_equal(
+                rows(found[f"x_{split}"], found[f"y_{split}"]), rows(expected, labels)
+            )
 
 
 def test_sets_that_cannot_be_used_are_refused(plain_calls, data_dir):

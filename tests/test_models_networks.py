@@ -9,6 +9,7 @@ import pytest
 
 from robustjax import models
 from robustjax.models import layers, resnet
+from robustjax.theory.linear_networks import convolutional_weight, dense_weight
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -65,6 +66,9 @@ def resnet10_size(classes):
         (models.PreActResNet18(), 11_171_146),
         (models.PreActResNet18(final_norm=True), 11_171_146 + 2 * 512),
         (models.PreActResNet18(shortcut="preactivated"), 11_171_146),
+        # Kernels and the head alone; with the large stem 3 * 64 * (49 - 9) more.
+        (models.PreActResNet18(norm="none", use_bias=False), 11_164_362),
+        (models.PreActResNet18(norm="none", use_bias=False, stem="imagenet"), 11_172_042),
         (models.WideResNet(28, 10), 36_479_194),
         (models.WideResNet(28, 10, num_classes=100), 36_536_884),
         (models.WideResNet(34, 10), 46_160_474),
@@ -83,6 +87,10 @@ def test_batch_statistics_are_a_mean_and_a_variance_for_each_scale_and_bias():
 
 def test_small_models_have_the_sizes_of_their_formulas():
     assert size(shapes(models.SmallCNN(), (28, 28, 1))[0]) == 166_406
+    mnist = 272 + 8_224 + 2_163_300 + 1_010  # 16 * 17, 32 * 257, 100 * (32 * 26 * 26 + 1), 10 * 101
+    assert size(shapes(models.MNISTCNN(), (28, 28, 1))[0]) == mnist == 2_172_806
+    assert size(shapes(models.DeepLinear((20, 30), 5), (8, 8, 1))[0]) == 64 * 20 + 20 * 30 + 30 * 5
+    assert size(shapes(models.LinearConv(5, depth=3), (8, 8, 1))[0]) == 2 * 64 + 64 * 5
     single = 3 * 3 * 3 * 4 + 4 + 4096 * 10 + 10  # of CIFAR-10 images
     assert size(shapes(models.SingleLayerCNN(), (32, 32, 3))[0]) == single
     digits = conv(4, 1, 16) + 16 + conv(4, 16, 32) + 32 + 4 * 32 * 100 + 100 + 100 * 10 + 10
@@ -107,6 +115,8 @@ NETWORKS = {
     "one layer": models.SingleLayerCNN(5, 3),
     "mlp": models.MLP((6,), 5),
     "linear": models.Linear(5),
+    "mnist": models.MNISTCNN(5, (4, 6), 7),
+    "preact-large-stem": SMALL_PREACT(norm="none", use_bias=False, stem="imagenet"),
 }
 
 
@@ -221,6 +231,64 @@ def test_the_projection_acts_on_what_is_asked_for():
     np.testing.assert_allclose(pooled("preactivated", x), np.maximum(strided, 0).mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels,strides", [(3, 1), (5, 2)])
+def test_a_block_with_zero_kernels_is_its_shortcut(channels, strides):
+    conv, norm = layers.conv_and_norm("plain", "none", True, None, None, layers.he_fan_out, False)
+    block = resnet.PreActBlock(channels, strides, conv, norm, "preactivated")
+    x = jnp.asarray(X) - 0.5
+    shape = jax.eval_shape(block.init, KEY, x)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shape)["params"]
+    assert all(set(layer) == {"kernel"} for layer in params.values())
+    expected = x
+    if strides > 1:
+        kernel = jnp.asarray(RNG.normal(size=(1, 1, 3, 5)), jnp.float32)
+        params["shortcut_conv"]["kernel"] = kernel
+        expected = np.maximum(x, 0)[:, ::2, ::2] @ np.asarray(kernel)[0, 0]
+    out = block.apply({"params": params}, x)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_stands_between_the_dense_layers_of_the_mnist_network():
+    module = models.MNISTCNN(5, (4, 6), 7)
+    params, _ = jax.jit(models.from_linen(module).init)(KEY, jnp.asarray(X))
+    for name, fan_in in {"conv1": 48, "conv2": 64, "dense": 216, "head": 7}.items():
+        for kind in ("kernel", "bias"):  # as PyTorch draws them
+            largest = np.abs(params[name][kind]).max()
+            assert 0.3 * fan_in**-0.5 < largest <= fan_in**-0.5, (name, kind)
+
+    @jax.jit
+    def logits(sign):
+        dense = jax.tree.map(lambda w: sign * w, params["dense"])
+        return module.apply({"params": {**params, "dense": dense}}, jnp.asarray(X))
+
+    # Linear from the features on, so odd in the dense layer's weights but for the last bias.
+    there, back = logits(1.0), logits(-1.0)
+    middle = np.broadcast_to(params["head"]["bias"], (4, 5))
+    np.testing.assert_allclose((there + back) / 2, middle, atol=1e-5)
+    assert np.abs(there - back).max() > 1e-2
+
+
+LINEAR = [
+    (models.DeepLinear((6, 4), 3), dense_weight),
+    (models.LinearConv(3, 3), convolutional_weight),
+]
+
+
+@pytest.mark.parametrize("module,effective", LINEAR)
+def test_linear_networks_have_the_effective_weight_of_the_theory(module, effective):
+    x = jnp.asarray(RNG.normal(size=(5, 2, 4)), jnp.float32)
+    params = jax.jit(module.init)(KEY, x)["params"]
+    hidden = [params[name] for name in sorted(params) if name != "head"]
+    hidden = [layer["kernel"] if isinstance(layer, dict) else layer for layer in hidden]
+    for w in hidden:  # columns of length one, outputs at zero
+        np.testing.assert_allclose(jnp.linalg.norm(w, axis=0), 1.0, rtol=1e-5)
+    assert not np.any(params["head"]["kernel"])
+    head = jnp.asarray(RNG.normal(size=params["head"]["kernel"].shape), jnp.float32)
+    weights = np.stack([effective([*hidden, column]) for column in head.T], axis=1)
+    logits = module.apply({"params": {**params, "head": {"kernel": head}}}, x)
+    np.testing.assert_allclose(logits, x.reshape(5, 8) @ weights, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_of_a_block_is_active_in_training_only():
     def identity(x, name):
         return x
@@ -249,6 +317,8 @@ def test_dropout_of_a_block_is_active_in_training_only():
         (models.WideResNet(27, 10), X, r"depth must be 6 n \+ 4 with n >= 1, got 27"),
         (models.WideResNet(28, 0), X, "widen_factor must be >= 1, got 0"),
         (models.WideResNet(10, 1, dropout_rate=1.0), X, "dropout_rate must be < 1, got 1"),
+        (models.PreActResNet18(stem="tiny"), X, "stem must be one of 'small', 'imagenet'"),
+        (models.LinearConv(3, 0), X, "depth must be >= 1, got 0"),
         (models.SmallCNN(0), X, "num_classes must be >= 1, got 0"),
         (models.SmallCNN(), X[0], r"x must have shape \(n, h, w, c\), got \(8, 8, 3\)"),
         (models.MLP((5,), 10), (255 * X).astype(np.uint8), "x must be floating-point"),

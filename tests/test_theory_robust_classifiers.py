@@ -371,6 +371,9 @@ def test_the_logarithm_of_the_risk():
     w = X[0] / 9
     risk = float(mm.log_exponential_risk(w, X, Y, bias=0.1))
     assert risk == pytest.approx(math.log(np.exp(-Y * (X @ w + 0.1)).mean()))
+    shares = np.append(np.full(len(Y) - 1, 1 / (len(Y) - 1)), 0)
+    without = mm.log_exponential_risk(w, X[:-1], Y[:-1])
+    np.testing.assert_allclose(mm.log_exponential_risk(w, X, Y, shares=shares), without)
     grad = jit(jax.grad(mm.log_exponential_risk))
     gradient = grad(w, X, Y)
     weights = mm.example_weights(w, X, Y)
@@ -456,6 +459,7 @@ def test_preconditioned_descent_is_the_most_robust_in_its_own_norm():
         (lambda: mm.max_margin(X, Y, FourierLInf(low=0.2)), "norm must be LInf"),
         (lambda: mm.max_margin(X, np.ones(6), L2(), bias=True), "labels of both classes"),
         (lambda: ball_volume(FourierL1(low=0.1), 3), "norm must be an l_p norm"),
+        (lambda: mm.log_exponential_risk(X[0], X, Y, shares=-np.ones(6)), "shares must be >= 0"),
         (lambda: mm.descend("sgd", jnp.sum, X, 3), "transform must be an optax"),
         *[
             (

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -20,6 +17,7 @@ from robustjax.norms import L2, LInf
 from robustjax.objectives import madry
 from robustjax.threat import ThreatModel
 from robustjax.training import (
+    NonFiniteLoss,
     adversarial_panel,
     checkpoint,
     count_flops,
@@ -27,6 +25,8 @@ from robustjax.training import (
     feed,
     figures,
     fit,
+    guarded_step,
+    interruption,
     make_evaluator,
     parameter_count,
     report,
@@ -34,7 +34,6 @@ from robustjax.training import (
     train_step,
 )
 
-ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 K = 3
 IMAGES = RNG.uniform(size=(44, 4, 4, 1)).astype(np.float32)
@@ -142,6 +141,117 @@ def test_a_loss_that_is_not_finite_ends_the_run_after_it_was_reported(plain_call
     assert seen == [5]
 
 
+def test_a_step_into_nan_is_not_taken(plain_calls):
+    """The state stays before the step that fails, or goes on without it; its examples are known."""
+
+    def step(state, batch):
+        bad = jnp.any(batch["index"] == 5) & (state.params["w"] < 100)
+        loss = jnp.where(bad, jnp.nan, 1.0)
+        params = {"w": state.params["w"] + jnp.where(bad, jnp.nan, 1.0)}
+        new = state._replace(step=state.step + 1, params=params)
+        return new, {"loss": loss, "grad_norm": jnp.float32(1)}
+
+    mesh = parallel.device_mesh(jax.devices()[:2])
+    start = create_state({"w": jnp.zeros(())}, {}, optax.identity(), KEY)
+    for nonfinite in ("stop", "skip"):
+        advance = feed.resident(
+            step, DATASET, key=KEY, batch_size=8, mesh=mesh, nonfinite=nonfinite
+        )
+        failing = next(i for i in range(5) if 5 in advance.indices(i))
+        calls = {"epochs": 1, "steps_per_epoch": 5, "dispatch": 5}
+        state = parallel.replicate(start, mesh)
+        if nonfinite == "skip":
+            seen = []
+            state = fit(state, advance, on_dispatch=lambda _, m, seen=seen: seen.append(m), **calls)
+            assert (int(state.step), float(state.params["w"])) == (5, 4)
+            assert seen[0]["skipped"].tolist() == [float(i == failing) for i in range(5)]
+        else:
+            with pytest.raises(NonFiniteLoss, match=f"loss at step {failing + 1} must") as error:
+                fit(state, advance, **calls)
+            assert error.value.step == failing
+            assert int(error.value.state.step) == float(error.value.state.params["w"]) == failing
+    with pytest.raises(ValueError, match="nonfinite must be"):
+        guarded_step(step, nonfinite="ignore")
+
+
+def test_a_run_that_is_told_to_end_has_a_state_to_go_on_from(run):
+    seen, states = [], []
+    state = run(
+        on_dispatch=lambda step, metrics: seen.append(step),
+        on_state=lambda step, state: states.append((step, int(state.step))),
+        should_stop=lambda step: step >= 7,
+    )
+    assert int(state.step) == 7
+    assert seen == [2, 4, 5, 7]
+    assert states == [(step, step) for step in seen]
+    assert_same_bits(run(state), run())
+
+
+def test_sigterm_is_watched_for_and_then_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.watch() as should_stop:
+        assert not should_stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert should_stop(2)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("harm", ["cut off", "altered", "gone", "metric"])
+def test_the_newest_checkpoint_that_can_be_read_is_used(run, tmp_path, harm, capsys):
+    state, folder = fresh(run.mesh), tmp_path / "checkpoints"
+    between = tmp_path / "between"
+
+    def opened():
+        return (
+            checkpoint.open_checkpoints(folder, best_metric="pgd"),
+            checkpoint.open_checkpoints(between, best_metric=None),
+        )
+
+    for manager, steps in zip(opened(), [(1, 4), (2,)], strict=True):
+        with manager:
+            assert checkpoint.restore_latest([manager], state) is None
+            for step in steps:
+                metrics = {"pgd": 0.1} if len(steps) > 1 else None
+                checkpoint.save(manager, state._replace(step=jnp.int32(step)), metrics)
+            checkpoint.wait(manager)
+    root = folder / "4" / ("metrics" if harm == "metric" else "default")
+    for path in root.rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            data = bytearray(path.read_bytes())
+            middle = len(data) // 2
+            data[middle] ^= 0x10
+            path.write_bytes(bytes(data if harm == "altered" else data[:middle]))
+            if harm == "gone":
+                path.unlink()
+    one, two = opened()
+    with one, two:
+        restored = checkpoint.restore_latest([one, two], state)
+        assert int(restored.step) == 2
+        assert f"checkpoint {folder}/4 is damaged" in capsys.readouterr().err
+        assert (tmp_path / "checkpoints-damaged" / "4").is_dir()
+        checkpoint.save(one, state._replace(step=jnp.int32(4)), {"pgd": 0.3})
+        checkpoint.wait(one)
+        assert int(checkpoint.restore_latest([one, two], state).step) == 4
+
+
+def test_values_that_changed_on_the_disk_are_seen(run, tmp_path, monkeypatch):
+    """Also where the storage library reads them without complaint."""
+    state = fresh(run.mesh)
+    with checkpoint.open_checkpoints(tmp_path, best_metric=None) as manager:
+        checkpoint.save(manager, state)
+        checkpoint.wait(manager)
+        read = manager.restore
+
+        def altered(step, args):
+            stored = read(step, args=args)
+            stored.params["head"]["bias"] = jnp.nextafter(stored.params["head"]["bias"], 1.0)
+            return stored
+
+        monkeypatch.setattr(manager, "restore", altered)
+        with pytest.raises(ValueError, match="check sums"):
+            checkpoint.restore(manager, state)
+
+
 @pytest.mark.parametrize(
     "steps, limit, expected", [(40, 50, 40), (40, 7, 5), (390, 50, 39), (7, 5, 1), (1, 1, 1)]
 )
@@ -176,7 +286,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(run, tmp_path):
         other = parallel.replicate(create_state(params, {}, OPTIMIZER, KEY), run.mesh)
         with pytest.raises(ValueError, match="damaged or of another model"):
             checkpoint.restore(manager, other)
-        for path in (tmp_path / "0").rglob("*"):
+        for path in (tmp_path / "0" / "default").rglob("*"):
             if path.is_file() and path.stat().st_size > 0:
                 path.write_bytes(b"\0" * path.stat().st_size)
     with (
@@ -320,35 +430,3 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
     out = capsys.readouterr().out
     assert out.startswith("madry 5/10  clean 0.25")
     assert out.count("\n") == 1
-
-
-COMMAND = [
-    sys.executable, "-m", "experiments.adversarial_training", "--dataset=digits", "--epochs=4",
-    "--objective=madry", "--checkpoint_every=1", "--test_steps=3", "--test_restarts=2",
-    "--attack_steps=2", "--validation_steps=2", "--eps_warmup=1",
-]  # fmt: skip
-
-
-def finished(workdir):
-    results = json.loads((workdir / "madry" / "results.json").read_text())
-    return {name: results[name] for name in ("best", "last")}
-
-
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
-    """SIGKILL after the first checkpoint; --resume ends as a run that was left alone."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
-    killed = subprocess.Popen([*COMMAND, f"--workdir={tmp_path / 'killed'}"], **options)
-    checkpoints = tmp_path / "killed" / "madry" / "checkpoints"
-    while killed.poll() is None and not (checkpoints / "12").exists():
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "madry" / "results.json").exists()
-    resume = [*COMMAND, f"--workdir={tmp_path / 'killed'}", "--resume"]
-    subprocess.run(resume, check=True, **options)
-    subprocess.run([*COMMAND, f"--workdir={tmp_path / 'whole'}"], check=True, **options)
-    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
-    runs = [report.read_metrics(tmp_path / name / "madry") for name in ("killed", "whole")]
-    assert runs[0] == runs[1]
-    assert len(runs[0]) == 4 + 4  # one dispatch and one validation an epoch

@@ -5,6 +5,10 @@
 tiny_shapes   40 training and 20 test images; once more as tfrecord, in ``DATA_DIR/records``
 tiny_contest  the same with the test split called validation, and a test split without labels (-1)
 tiny_words    texts, not images
+tiny_sounds   sounds of 6 to 14 samples of 16 bits, 10 of them a second
+
+The sounds are also read here, by ``robustjax.data``, because that needs TensorFlow; what it gives
+goes to ``DATA_DIR/tiny_sounds.npz``.
 """
 
 import sys
@@ -18,6 +22,14 @@ def examples(split):
     i, h, w, c = np.ogrid[:n, :8, :8, :3]
     image = (offset + 37 * i + 11 * h + 5 * w + 83 * c) % 256
     return image.astype(np.uint8), np.arange(n) % 3
+
+
+def sounds(split):
+    """Sounds of unequal lengths, and labels, of a split."""
+    n, offset = {"train": (9, 0), "test": (6, 100)}[split]
+    return [
+        (np.arange(6 + i % 9) * 977 - 4000 * i + offset).astype(np.int16) for i in range(n)
+    ], np.arange(n) % 3
 
 
 def main(data_dir):
@@ -67,15 +79,39 @@ def main(data_dir):
             for i in range(3):
                 yield i, {"text": split, "label": i}
 
+    class TinySounds(TinyShapes):
+        def _info(self):
+            features = {
+                "audio": tfds.features.Audio(sample_rate=10, dtype=np.int16),
+                "label": tfds.features.ClassLabel(num_classes=3),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("audio", "label"),
+            )
+
+        def _generate_examples(self, split):
+            for i, (audio, label) in enumerate(zip(*sounds(split), strict=True)):
+                yield i, {"audio": audio, "label": int(label)}
+
     tfds.disable_progress_bar()
 
     # As in the command that robustjax.data.tfds gives for a set that is not prepared.
     def prepare(name, data_dir, file_format):
         tfds.builder(name, data_dir=data_dir, file_format=file_format).download_and_prepare()
 
-    for name in ("tiny_shapes", "tiny_contest", "tiny_words"):
+    for name in ("tiny_shapes", "tiny_contest", "tiny_words", "tiny_sounds"):
         prepare(name, data_dir, "array_record")
     prepare("tiny_shapes", f"{data_dir}/records", "tfrecord")
+
+    from robustjax import data
+
+    read = {}
+    for split in ("train", "test"):
+        found = data.load("tiny_sounds", split, data_dir=data_dir, validation_size=0)
+        read |= {f"x_{split}": found.image, f"y_{split}": found.label}
+    np.savez(f"{data_dir}/tiny_sounds.npz", **read, num_classes=found.num_classes)
 
 
 if __name__ == "__main__":

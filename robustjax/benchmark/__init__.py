@@ -5,7 +5,8 @@
 - ``masking``: ``masking_report``, ``MaskingReport``: signs of gradient masking;
   ``interpolation_losses``
 - ``flags``: ``Flag``: signs that an evaluation cannot be trusted
-- ``import_torch``: RobustBench-style PyTorch checkpoints as models of this library
+- ``import_torch``: PyTorch checkpoints, of RobustBench's networks and vision transformers, as
+  models of this library; ``state_dict`` reads their files
 - ``chunks``, ``batches``: ``ChunkedAttack``, ``BatchedFunction``: attacks on whole data sets, on
   the examples that still stand
 - ``state_file``, ``environment``, ``compilation``: what a long run leaves behind

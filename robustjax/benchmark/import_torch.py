@@ -1,4 +1,4 @@
-"""PyTorch checkpoints of RobustBench's architectures as models of ours.
+"""PyTorch checkpoints of RobustBench's architectures and of vision transformers as models of ours.
 
     state_dict = read_state_dict("Carmon2019Unlabeled.pt")
     module, params, model_state = convert(state_dict, models.WideResNet(28, 10))
@@ -20,19 +20,18 @@ beside names and shapes, so the module must be the right one:
 | | ``projection_size=3)`` |
 | either with ``activation_fn=Swish`` | with ``activation="swish"`` |
 | ``mu`` and ``sigma``, or ``mean`` and ``std`` | ``mean=..., std=...`` of any of them |
+| ``timm``'s ``vit_base_patch16_224`` and its like | ``ViT_B16(mean=0.5, std=0.5)``, ``ViT(...)`` |
 
 Normalisation constants that the checkpoint holds are used; those that are only in the code of the
 PyTorch class must be given to the module.
 
-Source: Croce et al. (2021), "RobustBench: a standardized adversarial robustness benchmark", and
-its model zoo.
+Sources: Croce et al. (2021), "RobustBench: a standardized adversarial robustness benchmark", and
+its model zoo; Wightman (2019), "PyTorch image models", for the names in vision transformers.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -42,6 +41,9 @@ import numpy as np
 from flax import traverse_util
 
 from robustjax import checks, models
+from robustjax.benchmark.state_dict import as_array, read_state_dict
+
+__all__ = ["Imported", "convert", "read_state_dict"]
 
 
 class Imported(NamedTuple):
@@ -56,92 +58,6 @@ class Imported(NamedTuple):
     module: nn.Module
     params: dict[str, Any]
     model_state: dict[str, Any]
-
-
-def read_state_dict(path: str | os.PathLike, *, entry: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors in a file, by name; nothing else may be in it.
-
-    Args:
-      path: an archive of arrays (``.npz``), or any other name: a file of ``torch.save``, which
-        needs PyTorch to be read. Neither is allowed to run code: ``allow_pickle=False``,
-        ``weights_only=True``. A dict that holds one dict, as ``{"state_dict": {...}}``, stands for
-        the inner one.
-      entry: of a file that holds more beside the weights, such as an optimizer or the epoch, the
-        entry that holds them.
-
-    Raises:
-      ValueError: there is no such file, it holds anything but a dict of tensors, or PyTorch is
-        missing or too old to be safe.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"path must be a file that exists, got {path}")
-    content = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
-    if entry is not None:
-        if not isinstance(content, Mapping) or entry not in content:
-            held = ", ".join(map(str, content)) if isinstance(content, Mapping) else "no dict"
-            raise ValueError(f"entry must be one of those in {path}, {held}; got {entry!r}")
-        content = content[entry]
-    while isinstance(content, Mapping) and len(content) == 1:
-        (inner,) = content.values()
-        if not isinstance(inner, Mapping):
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
-    arrays = {name: _as_array(value) for name, value in content.items()}
-    others = [
-        f"{name} ({type(content[name]).__name__})"
-        for name, array in arrays.items()
-        if array is None or not isinstance(name, str)
-    ]
-    if others or not arrays:
-        inner = [repr(name) for name, value in content.items() if isinstance(value, Mapping)]
-        hint = f"; choose the weights with entry={' or '.join(inner)}" if inner else ""
-        raise ValueError(
-            f"{path} must hold nothing but named tensors, got {', '.join(others) or 'none'}{hint}"
-        )
-    return arrays
-
-
-def _read_npz(path: Path) -> Any:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # whatever a damaged or malicious file makes numpy raise
-        raise ValueError(f"{path} must be an archive of plain arrays: {error}") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"path must end in .npz where PyTorch is not installed (pip install torch), got {path}"
-        ) from error
-    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    if version < (2, 6):
-        # Before 2.6 weights_only=True could be made to run code (CVE-2025-32434).
-        raise ValueError(f"PyTorch must be >= 2.6 to read {path} safely, got {torch.__version__}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or malicious file makes PyTorch raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} must be a checkpoint of tensors alone: {reason}") from error
-
-
-def _as_array(value: Any) -> np.ndarray | None:
-    """An array or PyTorch tensor as a NumPy array; ``None`` if it is neither, or not dense."""
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return np.asarray(value)
-    if not hasattr(value, "detach"):
-        return None
-    tensor = value.detach()
-    try:
-        # NumPy has no bfloat16.
-        return tensor.float().numpy() if "bfloat16" in str(tensor.dtype) else tensor.numpy()
-    except (TypeError, RuntimeError, NotImplementedError):  # sparse, quantised, without values
-        return None
 
 
 class _Naming(NamedTuple):
@@ -197,13 +113,32 @@ _DM_PREACT_RESNET = _Naming(
         "conv2": "conv_2d_2",
     },
 )
+_VIT = _Naming(
+    "",
+    {
+        "patch_embed": "patch_embed.proj",
+        "norm": "norm",
+        "norm1": "norm1",
+        "qkv": "attn.qkv",
+        "projection": "attn.proj",
+        "norm2": "norm2",
+        "mlp1": "mlp.fc1",
+        "mlp2": "mlp.fc2",
+        "head": "head",
+    },
+)
 _KINDS = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
 def convert(
-    state_dict: Mapping[str, Any], module: nn.Module, *, image_channels: int = 3
+    state_dict: Mapping[str, Any],
+    module: nn.Module,
+    *,
+    image_channels: int = 3,
+    image_size: int | None = None,
+    head: bool = True,
 ) -> Imported:
-    """The weights of a RobustBench-style PyTorch network, for the module that is its like.
+    """The weights of a PyTorch network, for the module that is its like.
 
     Names may begin with ``module.`` or ``model.``. The counters ``num_batches_tracked`` are not
     needed, nor is ``sub_block1``, a block that some wide residual networks have and never use.
@@ -213,10 +148,14 @@ def convert(
 
     Args:
       state_dict: arrays by name, as ``read_state_dict`` gives them.
-      module: ``ResNet``, ``PreActResNet`` or ``WideResNet`` with the settings of the PyTorch class;
-        the table above tells which. ``strided_padding="end"`` tells the networks of Gowal et al.,
-        whose layers have other names.
+      module: ``ResNet``, ``PreActResNet``, ``WideResNet`` or ``ViT`` with the settings of the
+        PyTorch class; the table above tells which. ``strided_padding="end"`` tells the networks of
+        Gowal et al., whose layers have other names.
       image_channels: channels of the images, ``>= 1``.
+      image_size: their side, ``>= 1``, in pixels. It matters to ``ViT`` alone, which has a
+        parameter for each place: ``None`` is 224 for it.
+      head: whether the last layer is wanted. Without it, the number of classes may differ, and
+        ``params`` have no ``"head"``: for fine-tuning on other classes.
 
     Returns:
       ``(module, params, model_state)``; the module has the normalisation of the ``state_dict``.
@@ -228,6 +167,9 @@ def convert(
     """
     naming = _naming(module)
     checks.integer("image_channels", image_channels, at_least=1)
+    if image_size is None:
+        image_size = 224 if naming is _VIT else 32
+    checks.integer("image_size", image_size, at_least=1)
     if not isinstance(state_dict, Mapping):
         raise ValueError(
             f"state_dict must be a mapping of names to arrays, got {checks.shown(state_dict)}"
@@ -236,13 +178,17 @@ def convert(
     given = _without_prefixes(state_dict, problems)
     normalization = _pop_normalization(given, image_channels, module, problems)
 
-    images = jax.ShapeDtypeStruct((1, 32, 32, image_channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, image_channels), jnp.float32)
     shapes = jax.eval_shape(models.from_linen(module).init, jax.random.key(0), images)
     variables = {"params": shapes[0], **shapes[1]}
     wanted = {
         _torch_name(path[1:], naming): (path, leaf.shape)
         for path, leaf in traverse_util.flatten_dict(variables).items()
     }
+    if not head:
+        ours = {name for name, (path, _) in wanted.items() if path[1] == "head"}
+        wanted = {name: leaf for name, leaf in wanted.items() if name not in ours}
+        given = {name: array for name, array in given.items() if name not in ours}
     problems += [f"{name} is missing" for name in wanted if name not in given]
     converted = {}
     for name, array in given.items():
@@ -276,15 +222,17 @@ def _naming(module: Any) -> _Naming:
         return _DM_PREACT_RESNET if padded_at_end else _RESNET
     if isinstance(module, models.ResNet):
         return _RESNET
+    if isinstance(module, models.ViT):
+        return _VIT
     raise ValueError(
-        f"module must be a ResNet, PreActResNet or WideResNet, got {checks.shown(module)}"
+        f"module must be a ResNet, PreActResNet, WideResNet or ViT, got {checks.shown(module)}"
     )
 
 
 def _without_prefixes(state_dict: Mapping[str, Any], problems: list[str]) -> dict[str, np.ndarray]:
     given: dict[str, np.ndarray] = {}
     for name, value in state_dict.items():
-        array = _as_array(value)
+        array = as_array(value)
         if array is None or not isinstance(name, str):
             problems.append(f"{name} is no named tensor")
             continue
@@ -353,7 +301,10 @@ def _torch_name(path: tuple[str, ...], naming: _Naming) -> str:
     names = []
     for layer in layers:
         block = re.fullmatch(r"stage(\d+)_block(\d+)", layer)
-        if block:
+        transformer = re.fullmatch(r"block(\d+)", layer)
+        if transformer:
+            names.append(f"blocks.{int(transformer.group(1)) - 1}")
+        elif block:
             stage, number = map(int, block.groups())
             names.append(naming.block.format(stage=stage, stage0=stage - 1, block0=number - 1))
         else:
@@ -363,12 +314,15 @@ def _torch_name(path: tuple[str, ...], naming: _Naming) -> str:
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Convolutions: HWIO to OIHW; dense layers: transposed."""
+    if len(shape) == 3:  # tokens and positions
+        return shape
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _our_layout(array: np.ndarray) -> np.ndarray:
     """Convolutions: OIHW to HWIO; dense layers: transposed."""
-    array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    if array.ndim != 3:
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     return np.ascontiguousarray(array, dtype=np.float32)
 
 

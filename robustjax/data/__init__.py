@@ -2,8 +2,9 @@
 
 sources      ``load`` (in memory) and ``load_source`` (random access): embedded sets, arrays and
              image folders on disk, TensorFlow Datasets; one rule for train, validation and test
-dataset      what they give: ``Dataset``, ``Source``, ``materialise``; ``as_float``; the stratified
-             ``hold_out``
+dataset      what they give: ``Dataset``, ``Source``, ``materialise``; ``as_float`` and the
+             ``bounds`` of images and waveforms; the stratified ``hold_out``
+synthetic    ``tones``: waveforms whose class is their pitch
 files        ``.npz`` archives and image folders
 tfds         prepared TensorFlow Datasets
 label_noise  ``redraw_labels`` of a share of the examples
@@ -13,7 +14,15 @@ pipeline     batches on the device, on the host (grain, one part per process) an
 """
 
 from robustjax.data.augment import Augment, crop, crop_and_flip, identity, random_crop, random_flip
-from robustjax.data.dataset import Dataset, Source, as_float, hold_out, materialise
+from robustjax.data.dataset import (
+    Dataset,
+    Source,
+    as_float,
+    bounds,
+    check_values,
+    hold_out,
+    materialise,
+)
 from robustjax.data.label_noise import redraw_labels
 from robustjax.data.pipeline import (
     batch_indices,
@@ -27,6 +36,7 @@ from robustjax.data.pipeline import (
 )
 from robustjax.data.resize import center_crop, mapped, random_resized_crop
 from robustjax.data.sources import load, load_source
+from robustjax.data.synthetic import tones
 
 __all__ = [
     "Augment",
@@ -34,7 +44,9 @@ __all__ = [
     "Source",
     "as_float",
     "batch_indices",
+    "bounds",
     "center_crop",
+    "check_values",
     "crop",
     "crop_and_flip",
     "epoch_batches",
@@ -54,4 +66,5 @@ __all__ = [
     "redraw_labels",
     "steps_per_epoch",
     "take",
+    "tones",
 ]

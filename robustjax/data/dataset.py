@@ -1,31 +1,36 @@
-"""What a labelled set of images is: arrays in memory, or a source that reads one example at a time.
+"""What a labelled set is: arrays in memory, or a source that reads one example at a time.
 
 ``Dataset`` holds a set that fits in memory; ``Source`` reads examples when asked, for sets that do
 not. Both have a length, give ``{"image", "label"}`` for an index, and can be cut into parts, so
 the host pipeline and the hold-out of a validation set take either.
+
+Examples are images ``(h, w, c)`` or waveforms ``(samples, 1)``. What they are tells where they
+lie: images in [0, 1], waveforms in [-1, 1] (``bounds``). Stored as integers, uint8 and int16, they
+get there by ``as_float``. Either way their name in an example is "image".
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int, Int32, UInt8
+from jaxtyping import Float32, Int, Int16, Int32, UInt8
 
 from robustjax import checks
 
 Images = UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
+Waveforms = Int16[np.ndarray, "n t 1"] | Float32[np.ndarray, "n t 1"]
 Example = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images in host memory, checked when they are made.
+    """Labelled images or waveforms in host memory, checked when they are made.
 
     Attributes:
-      image: ``(n, h, w, c)``; uint8 in 0 .. 255, or float32 in [0, 1]. ``as_float`` maps the first
-        to the second.
+      image: ``(n, h, w, c)``; uint8 in 0 .. 255, or float32 in [0, 1]. Of waveforms ``(n, samples,
+        1)``; int16, or float32 in [-1, 1]. ``as_float`` maps the first to the second.
       label: ``(n,)`` int32 in ``0 .. num_classes - 1``.
       num_classes: Number of classes.
       name: Name of the data set.
@@ -34,7 +39,7 @@ class Dataset:
       ValueError: Wrong shape, dtype, range or label, or no example at all.
     """
 
-    image: Images
+    image: Images | Waveforms
     label: Int32[np.ndarray, " n"]
     num_classes: int
     name: str
@@ -62,7 +67,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Labelled images that are read when they are asked for (``source[i]``), for large sets.
+    """Labelled examples that are read when they are asked for (``source[i]``), for large sets.
 
     Attributes:
       read: ``read(position)`` gives ``{"image": (h, w, c) array, "label": int32}``. Images may
@@ -95,26 +100,43 @@ class Source:
         return dataclasses.replace(self, positions=self.positions[indices])
 
 
+def bounds(shape: Sequence[int]) -> tuple[float, float]:
+    """Where examples lie: images ``(h, w, c)`` in [0, 1], waveforms ``(samples, 1)`` in [-1, 1].
+
+    Args:
+      shape: of one example.
+
+    Raises:
+      ValueError: It is neither.
+    """
+    if len(shape) != 3 and (len(shape) != 2 or shape[1] != 1):
+        raise ValueError(f"shape must be (h, w, c) or (samples, 1), got {tuple(shape)}")
+    return (0.0, 1.0) if len(shape) == 3 else (-1.0, 1.0)
+
+
 def as_float(images: Any) -> Any:
-    """Images as floating-point numbers in [0, 1]: uint8 is divided by 255, floats pass.
+    """Images in [0, 1] and waveforms in [-1, 1]: uint8 over 255, int16 over 32768, floats pass.
 
     Multiplies by float32(1/255), which XLA makes of the division anyway, so that NumPy and JAX
     arrays, inside ``jit`` and outside, agree to the last bit; 255 maps to exactly 1.
 
     Args:
-      images: NumPy or JAX array of any shape, uint8 in 0 .. 255 or floating in [0, 1].
+      images: NumPy or JAX array of any shape; uint8 in 0 .. 255, int16, or floating.
 
     Returns:
-      An array of the same kind: float32 for uint8, otherwise ``images`` itself.
+      An array of the same kind: float32 for integers, otherwise ``images`` itself.
 
     Raises:
-      ValueError: The dtype is neither uint8 nor floating.
+      ValueError: The dtype is neither uint8 nor int16 nor floating.
     """
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) * np.float32(1 / 255)
+    if images.dtype in _SCALES:
+        return images.astype(np.float32) * _SCALES[images.dtype]
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be uint8 or floating-point, got {images.dtype}")
+        raise ValueError(f"images must be uint8, int16 or floating-point, got {images.dtype}")
     return images
+
+
+_SCALES = {np.dtype(np.uint8): np.float32(1 / 255), np.dtype(np.int16): np.float32(1 / 32768)}
 
 
 def check_arrays(
@@ -122,24 +144,43 @@ def check_arrays(
 ) -> None:
     """Images ``(n, h, w, c)``, uint8 or float32 in [0, 1], with labels ``(n,)``; ``n >= 1``.
 
+    Or waveforms ``(n, samples, 1)``, int16 or float32 in [-1, 1].
+
     Raises:
       ValueError: Naming the array, what it holds and what was expected.
     """
     checks.integer("num_classes", num_classes, at_least=1)
-    if image.ndim != 4 or image.dtype not in (np.uint8, np.float32):
+    images = image.ndim == 4 and image.dtype in (np.uint8, np.float32)
+    waveforms = image.ndim == 3 and image.shape[2] == 1 and image.dtype in (np.int16, np.float32)
+    if not images and not waveforms:
         raise ValueError(
-            f"{image_name} must be uint8 or float32 of shape (n, h, w, c), "
-            f"got {image.dtype}{image.shape}"
+            f"{image_name} must be uint8 or float32 of shape (n, h, w, c), or int16 or float32 of "
+            f"shape (n, samples, 1), got {image.dtype}{image.shape}"
         )
     if image.size == 0:
         raise ValueError(f"{image_name} must hold at least one image, got shape {image.shape}")
     if image.dtype == np.float32:
-        checks.images(image_name, image)
+        check_values(image_name, image)
     checks.labels(label_name, label, num_classes=num_classes)
     if len(label) != len(image):
         raise ValueError(
             f"{label_name} must have one entry per image, {len(image)}, got {len(label)}"
         )
+
+
+def check_values(name: str, x: np.ndarray) -> None:
+    """Concrete images ``(n, h, w, c)`` or waveforms ``(n, samples, 1)``, finite, within ``bounds``.
+
+    Raises:
+      ValueError: Naming what ``x`` holds and what was expected.
+    """
+    if np.ndim(x) != 3:
+        checks.images(name, x)
+        return
+    lower, upper = bounds(x.shape[1:])
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"{name} must be floating-point in [{lower:g}, {upper:g}], got {x.dtype}")
+    checks.in_box(name, x, lower=lower, upper=upper)
 
 
 def stack_images(images: list[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,8 @@ name                   what it is
 ``npz:FILE``           arrays on disk, see ``robustjax.data.files.read_npz``
 ``folder:DIR``         images on disk, ``DIR/{train,val,test}/class/image.png``
 anything else          a prepared set of TensorFlow Datasets: ``cifar10``, ``cifar100``,
-                       ``svhn_cropped``, ``imagenet2012``, one's own; see ``robustjax.data.tfds``
+                       ``svhn_cropped``, ``imagenet2012``, ``speech_commands`` (waveforms), one's
+                       own; see ``robustjax.data.tfds``
 =====================  ===========================================================================
 
 Splits. The embedded sets have one fixed, stratified split into train, validation and test. For all

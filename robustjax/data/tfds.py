@@ -9,8 +9,13 @@ import TensorFlow. Preparing a set (downloading and writing it, once) needs Tens
 (The command ``tfds build`` does the same where ``apache-beam`` is installed.) A set made by one's
 own builder is found the same way, by its files: ``DIR/name[/config]/version``. Its code need not be
 importable where it is read.
+
+Sets of images are read as they are. Waveforms, as those of ``speech_commands``, come as int16
+``(samples, 1)`` of one second: cut at the end, or filled up with silence. Reading these does
+import TensorFlow, which the description of their format needs; preparing them needs ``pydub``, too.
 """
 
+import dataclasses
 import os
 import re
 from typing import Any
@@ -46,7 +51,7 @@ def read_tfds(name: str, data_dir: str | None, *, others: str) -> dict[str, Sour
 
     Raises:
       ValueError: TensorFlow Datasets is not installed; unknown name; not prepared, or in another
-        format than array_record; not a set of images with class labels.
+        format than array_record; not a set of images or waveforms with class labels.
     """
     builder = _find(name, data_dir, others)
     info = builder.info
@@ -56,9 +61,11 @@ def read_tfds(name: str, data_dir: str | None, *, others: str) -> dict[str, Sour
         pair = info.supervised_keys
     image, label = (features.get(key) if isinstance(key, str) else None for key in pair)
     num_classes = getattr(label, "num_classes", None)
-    if image is None or len(image.shape or ()) != 3 or num_classes is None:
+    samples = getattr(image, "sample_rate", None)  # of sound, a second
+    shape = getattr(image, "shape", None) or ()
+    if num_classes is None or (shape[1:] not in ((), (1,)) if samples else len(shape) != 3):
         raise ValueError(
-            f"{name} must be a data set of images with one class label each, "
+            f"{name} must be a data set of images or sounds with one class label each, "
             f"got the features {', '.join(sorted(features)) or info.features}"
         )
 
@@ -67,6 +74,8 @@ def read_tfds(name: str, data_dir: str | None, *, others: str) -> dict[str, Sour
         if split not in info.splits or info.splits[split].num_examples == 0:
             continue
         source = _source(builder, split, *pair, num_classes, info.name)
+        if samples:
+            source = _of_length(source, samples)
         if source.read_labels(np.arange(1))[0] >= 0:
             splits[split] = source
     return splits
@@ -103,6 +112,13 @@ def _find(name: str, data_dir: str | None, others: str) -> Any:
             f"data set {name!r} is not prepared in {where}: prepare it with "
             f"{prepare_command(name, data_dir)}"
         ) from error
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ValueError(
+            f"data set {name!r} has features, such as sounds, that need TensorFlow to be read: "
+            "'pip install robustjax[tfds]'"
+        ) from error
 
     formats = sorted(f.value for f in builder.info.available_file_formats())
     if "array_record" not in formats:
@@ -112,6 +128,25 @@ def _find(name: str, data_dir: str | None, others: str) -> Any:
             f"{prepare_command(name, '/path/to/another')}"
         )
     return builder
+
+
+def _of_length(source: Source, samples: int) -> Source:
+    """A set of waveforms, cut or filled up to so many samples of 16 bits."""
+    read = source.read
+
+    def read_second(position: int) -> dict:
+        example = read(position)
+        wave = np.asarray(example["image"]).reshape(-1, 1)[:samples]
+        if wave.dtype != np.int16:  # version 0.0.2 of Speech Commands stores its 16 bits in 64
+            short = wave.astype(np.int16)
+            if not np.array_equal(short, wave):
+                raise ValueError(f"{source.name} must hold sound of 16 bits, got {wave.dtype}")
+            wave = short
+        filled = np.zeros((samples, 1), np.int16)
+        filled[: len(wave)] = wave
+        return {**example, "image": filled}
+
+    return dataclasses.replace(source, read=read_second)
 
 
 def _source(

@@ -1,6 +1,7 @@
 """Measurements of models, attacks and training runs.
 
-- ``accuracy``: ``correct``, ``instantaneous_accuracy``, ``cumulative_accuracy``
+- ``accuracy``: ``correct``, ``accuracy_drop`` under noise, ``instantaneous_accuracy``,
+  ``cumulative_accuracy``
 - ``minimum_norm``: ``minimum_norm_report``, ``robust_accuracy_curve``, ``relative_perturbation``:
   from the distance of each example to robust accuracy over eps
 - ``margins``: ``linear_margin``, ``binary_margin``, ``multiclass_margin``: first-order estimates of
@@ -18,7 +19,12 @@
   attacks
 """
 
-from robustjax.metrics.accuracy import correct, cumulative_accuracy, instantaneous_accuracy
+from robustjax.metrics.accuracy import (
+    accuracy_drop,
+    correct,
+    cumulative_accuracy,
+    instantaneous_accuracy,
+)
 from robustjax.metrics.alignment import (
     ForwardPass,
     cosine,
@@ -66,6 +72,7 @@ __all__ = [
     "LossPlane",
     "MinimumNormReport",
     "QueryStatistics",
+    "accuracy_drop",
     "binary_margin",
     "bisect_max_eps",
     "bootstrap_mean",

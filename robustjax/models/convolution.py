@@ -326,12 +326,13 @@ def _primitive(
     primitive = Primitive(name)
 
     def implementation(lhs: Array, rhs: Array, *, geometry: _Geometry) -> Array:
-        return jax.lax.platform_dependent(
-            lhs,
-            rhs,
-            cpu=partial(bilinear_map, geometry=geometry, canonical=True),
-            default=partial(bilinear_map, geometry=geometry, canonical=False),
-        )
+        with jax.named_scope(name):  # by which a profile tells the three apart
+            return jax.lax.platform_dependent(
+                lhs,
+                rhs,
+                cpu=partial(bilinear_map, geometry=geometry, canonical=True),
+                default=partial(bilinear_map, geometry=geometry, canonical=False),
+            )
 
     def abstract(lhs: Any, rhs: Any, *, geometry: _Geometry) -> Any:
         shapes = (jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (lhs, rhs))

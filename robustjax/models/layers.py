@@ -29,6 +29,17 @@ he_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)) has the variance 1 / (3 fan_in).
 torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+
+def torch_default_bias(fan_in: int) -> nn.initializers.Initializer:
+    """``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``: PyTorch's biases of a layer with so many inputs."""
+    limit = checks.integer("fan_in", fan_in, at_least=1) ** -0.5
+
+    def init(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
 CONVOLUTIONS = {"canonical": canonical_conv, "plain": jax.lax.conv_general_dilated}
 NORMS = ("batch", "group", "none")
 
@@ -90,7 +101,7 @@ class Conv(nn.Module):
         ``"plain"`` for JAX's own. They agree in values and in derivatives.
       dtype: dtype of the computation; ``None`` is that of input and parameters together.
         Parameters are float32.
-      kernel_init: initialiser of the kernel.
+      kernel_init, bias_init: initialisers of kernel and bias.
 
     Raises:
       ValueError: ``conv`` is unknown, or the input is not ``(n, h, w, c)``.
@@ -104,6 +115,7 @@ class Conv(nn.Module):
     conv: str = "canonical"
     dtype: DTypeLike | None = None
     kernel_init: nn.initializers.Initializer = he_fan_out
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Array) -> Float[Array, "n p q d"]:
@@ -113,9 +125,7 @@ class Conv(nn.Module):
             raise ValueError(f"x must have shape (n, h, w, c), got {x.shape}")
         size = (*_pair(self.kernel_size), x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, size)
-        bias = (
-            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        )
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         padding = self.padding
         if isinstance(padding, int):
@@ -189,7 +199,12 @@ def group_count(channels: int, at_most: int = 32) -> int:
 
 
 def classify(
-    features: Float[Array, "n *shape c"], num_classes: int, *, name: str = "head"
+    features: Float[Array, "n *shape c"],
+    num_classes: int,
+    *,
+    name: str = "head",
+    kernel_init: nn.initializers.Initializer = he_fan_in,
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros,
 ) -> Float[Array, "n k"]:
     """Mean over positions, then a dense layer, in at least float32; inside a compact module.
 
@@ -197,11 +212,14 @@ def classify(
       features: ``(n, c)``, or ``(n, h, w, c)`` to be averaged over ``h`` and ``w``.
       num_classes: number of logits, >= 1.
       name: name of the dense layer.
+      kernel_init: initialiser of the kernel of the dense layer.
+      bias_init: initialiser of its bias.
     """
     checks.integer("num_classes", num_classes, at_least=1)
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     pooled = features.mean(axis=range(1, features.ndim - 1))
-    return nn.Dense(num_classes, kernel_init=he_fan_in, name=name)(pooled)
+    head = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
+    return head(pooled)
 
 
 # conv(features, kernel_size, strides)(x) and norm(x, name=...): a model's choices for its blocks
@@ -216,12 +234,14 @@ def conv_and_norm(
     dtype: DTypeLike | None,
     axis_name: str | None,
     kernel_init: nn.initializers.Initializer,
+    use_bias: bool | None = None,
 ) -> tuple[ConvFn, NormFn]:
     """``Conv`` and ``feature_norm`` with a model's choices filled in.
 
-    Convolutions have a bias where there is no normalisation.
+    Convolutions have a bias where there is no normalisation, unless ``use_bias`` decides.
     """
+    use_bias = norm == "none" if use_bias is None else use_bias
     return (
-        partial(Conv, use_bias=norm == "none", conv=conv, dtype=dtype, kernel_init=kernel_init),
+        partial(Conv, use_bias=use_bias, conv=conv, dtype=dtype, kernel_init=kernel_init),
         partial(feature_norm, norm, train=train, dtype=dtype, axis_name=axis_name),
     )

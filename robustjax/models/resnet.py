@@ -21,6 +21,7 @@ from robustjax.models.layers import (
     NormFn,
     classify,
     conv_and_norm,
+    he_fan_in,
     he_fan_out,
 )
 
@@ -185,15 +186,10 @@ class ResNet(nn.Module):
         conv, norm = conv_and_norm(
             self.conv, self.norm, train, self.dtype, self.axis_name, self.kernel_init
         )
-        x = Normalize(self.mean, self.std)(x)
-        large = checks.choice("stem", self.stem, ("small", "imagenet")) == "imagenet"
-        if large:
-            x = conv(self.width, 7, 2, padding=3, name="stem_conv")(x)
-        else:
-            x = conv(self.width, 3, padding=1, name="stem_conv")(x)
+        x = _stem_conv(self.stem, self.width, conv, Normalize(self.mean, self.std)(x))
         x = jax.nn.relu(norm(x, name="stem_norm"))
-        if large:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        if self.stem == "imagenet":
+            x = _pooled(x)
         for name, channels, strides in _blocks(self.stage_sizes, self.width):
             x = block(channels, strides, conv, norm, name=name)(x)
         return classify(x, self.num_classes)
@@ -205,18 +201,26 @@ class PreActResNet(nn.Module):
     The defaults are those of the reference code of fast adversarial training: the projections
     act on the block's input, and nothing stands between the last sum and the average. The
     original has ``shortcut="preactivated"``, ``final_norm=True``. The variant of Gowal et al. has
-    ``final_norm=True, activation="swish", strided_padding="end", projection_size=3``.
+    ``final_norm=True, activation="swish", strided_padding="end", projection_size=3``; that of
+    Ma et al., which trains without any normalisation, ``shortcut="preactivated",
+    use_bias=False, kernel_init=head_init=torch_default``.
 
     Attributes:
       stage_sizes, num_classes, width, norm, conv, mean, std, dtype, axis_name, kernel_init: as in
         ``ResNet``.
+      stem: ``"small"`` or ``"imagenet"``, as in ``ResNet``, but with nothing between convolution
+        and pooling: the first block normalises.
+      use_bias: whether convolutions have a bias; ``None``: where there is no normalisation.
+      head_init: initialiser of the head; its bias begins at zero.
       shortcut: ``"input"`` or ``"preactivated"``: what a projection is applied to.
       final_norm: whether the last stage is followed by normalisation and activation.
       activation, strided_padding, projection_size: as in ``PreActBlock``.
 
     Sources: He et al. (2016), "Identity mappings in deep residual networks"; Wong, Rice and Kolter
     (2020), "Fast is better than free"; Andriushchenko and Flammarion (2020); Gowal et al. (2020),
-    "Uncovering the limits of adversarial training against norm-bounded adversarial examples".
+    "Uncovering the limits of adversarial training against norm-bounded adversarial examples";
+    Ma, Pan and Farahmand (2023), "Understanding the robustness difference between stochastic
+    gradient descent and adaptive gradient methods".
     """
 
     stage_sizes: Sequence[int]
@@ -228,21 +232,25 @@ class PreActResNet(nn.Module):
     activation: str = "relu"
     strided_padding: str = "all_sides"
     projection_size: int = 1
+    stem: str = "small"
+    use_bias: bool | None = None
     conv: str = "canonical"
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
     dtype: DTypeLike | None = None
     axis_name: str | None = None
     kernel_init: nn.initializers.Initializer = he_fan_out
+    head_init: nn.initializers.Initializer = he_fan_in
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Float[Array, "n k"]:
         """Logits of images ``x (n, h, w, c)``."""
         conv, norm = conv_and_norm(
-            self.conv, self.norm, train, self.dtype, self.axis_name, self.kernel_init
+            self.conv, self.norm, train, self.dtype, self.axis_name, self.kernel_init, self.use_bias
         )
-        x = Normalize(self.mean, self.std)(x)
-        x = conv(self.width, 3, padding=1, name="stem_conv")(x)
+        x = _stem_conv(self.stem, self.width, conv, Normalize(self.mean, self.std)(x))
+        if self.stem == "imagenet":
+            x = _pooled(x)
         for name, channels, strides in _blocks(self.stage_sizes, self.width):
             block = PreActBlock(
                 channels,
@@ -258,7 +266,18 @@ class PreActResNet(nn.Module):
             x = block(x)
         if self.final_norm:
             x = ACTIVATIONS[self.activation](norm(x, name="final_norm"))
-        return classify(x, self.num_classes)
+        return classify(x, self.num_classes, kernel_init=self.head_init)
+
+
+def _stem_conv(stem: str, width: int, conv: ConvFn, x: Array) -> Array:
+    """The first convolution: 3x3, or 7x7 of stride 2 for large images."""
+    if checks.choice("stem", stem, ("small", "imagenet")) == "imagenet":
+        return conv(width, 7, 2, padding=3, name="stem_conv")(x)
+    return conv(width, 3, padding=1, name="stem_conv")(x)
+
+
+def _pooled(x: Array) -> Array:
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 def _blocks(stage_sizes: Sequence[int], width: int) -> Iterator[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, ArrayLike
 
 from robustjax import checks, keys
@@ -87,15 +88,31 @@ def madry(
     return objective
 
 
-def trades_attack(threat: ThreatModel, *, steps: int = 10, step_size=0.007) -> Attack:
+def trades_attack(
+    threat: ThreatModel,
+    *,
+    steps: int = 10,
+    step_size: ArrayLike | None = None,
+    step_rule: optax.GradientTransformation | None = None,
+) -> Attack:
     """The inner attack of TRADES: PGD on the divergence from the clean logits, passed as ``y``.
 
-    Starts at ``x + 0.001 * N(0, I)``; Zhang et al. (2019), section 5 and public code.
+    Starts at ``x + 0.001 * N(0, I)``, as the divergence has no gradient at ``x``; Zhang et al.
+    (2019), section 5 and public code.
+
+    Args:
+      threat: norm ball and box.
+      steps: gradient steps.
+      step_size: length of a step; default 0.007 unless there is a ``step_rule``.
+      step_rule: an optax transform in place of steepest steps, as in ``pgd``.
     """
+    if step_size is None and step_rule is None:
+        step_size = 0.007
     return pgd(
         threat,
         steps=steps,
         step_size=step_size,
+        step_rule=step_rule,
         loss=kl_divergence,
         start=gaussian_start(0.001),
     )

@@ -19,7 +19,7 @@ from robustjax import checks
 
 
 def scale_by_loss_bound(
-    data_norm: ArrayLike, *, max_step: float = math.inf
+    data_norm: ArrayLike, *, max_step: ArrayLike = math.inf
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by ``min(max_step, 1 / (B^2 L))``, with the loss L as ``value=``.
 
@@ -32,7 +32,7 @@ def scale_by_loss_bound(
     Args:
       data_norm: ``B``, the largest norm of an input in the dual of the optimizer's norm, ``> 0``:
         l_2 for gradient descent, l_inf for coordinate descent, l_1 for signGD.
-      max_step: the largest factor, ``> 0``.
+      max_step: the largest factor, ``> 0``; it may be traced.
 
     Returns:
       A transformation whose ``update`` needs ``value``, the loss at ``params``.

@@ -36,32 +36,11 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from robustjax import checks, keys
-from robustjax.frequency import dft, inverse_dft
+from robustjax.frequency import convolve, correlate, dft, inverse_dft
 
 Filters = Sequence[Float[Array, " d"]] | Float[Array, "depth d"]
 Matrices = Sequence[Float[Array, "..."]]
 Layer = Callable[[Array, Array], Array]
-
-
-def correlate(w: Float[Array, " d"], x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """``d^{-1/2} sum_k w_k x_{i+k}``, indices modulo d: the layer that deep learning uses.
-
-    Args:
-      w: filter, as wide as the signals.
-      x: signals.
-
-    Raises:
-      ValueError: the widths differ.
-    """
-    return _filtered(jnp.conj(dft(w)), w, x)
-
-
-def convolve(w: Float[Array, " d"], x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """``d^{-1/2} sum_k w_{-k} x_{i+k}``, indices modulo d: the convolution of signal processing.
-
-    Args and errors as of ``correlate``.
-    """
-    return _filtered(dft(w), w, x)
 
 
 def convolutional_scores(
@@ -279,12 +258,6 @@ def scale_by_layers() -> optax.GradientTransformation:
         return jax.tree.map(lambda u: (u / total).astype(u.dtype), updates)
 
     return optax.stateless(scale)
-
-
-def _filtered(spectrum: Array, w: Array, x: Array) -> Array:
-    if w.ndim != 1 or x.shape[-1:] != w.shape:
-        raise ValueError(f"w must be as wide as the signals, {x.shape[-1:]}, got {w.shape}")
-    return inverse_dft(spectrum * dft(x, x.ndim - 1), x.ndim - 1).astype(x.dtype)
 
 
 def _magnitude(spectrum: Array) -> Array:

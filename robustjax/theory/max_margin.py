@@ -111,7 +111,12 @@ def max_margin(x: Inputs, y: Signs, norm: Norm, *, bias: bool = False) -> MaxMar
 
 
 def log_exponential_risk(
-    w: Float[ArrayLike, "..."], x: Inputs, y: Signs, *, bias: ArrayLike = 0.0
+    w: Float[ArrayLike, "..."],
+    x: Inputs,
+    y: Signs,
+    *,
+    bias: ArrayLike = 0.0,
+    shares: Float[ArrayLike, " n"] | None = None,
 ) -> Float[Array, ""]:
     """``log mean_i exp(-y_i (<w, x_i> + b))``, accurate for margins of any size.
 
@@ -122,12 +127,19 @@ def log_exponential_risk(
       x: inputs.
       y: labels, -1 or 1.
       bias: ``b``.
+      shares: of the examples in the mean, ``>= 0`` with sum 1; ``None`` for equal ones. With 0 for
+        some, data sets of several sizes fit one compiled program.
 
     Raises:
-      ValueError: shapes do not fit, or a label is neither -1 nor 1.
+      ValueError: shapes do not fit, a label is neither -1 nor 1, or a share is negative.
     """
     scores = robust_classifiers.scores(w, x, y, bias=bias)
-    return jax.nn.logsumexp(-scores) - jnp.log(jnp.asarray(scores.size, scores.dtype))
+    if shares is None:
+        return jax.nn.logsumexp(-scores) - jnp.log(jnp.asarray(scores.size, scores.dtype))
+    checks.number("shares", shares, at_least=0)
+    shares = jnp.asarray(shares, scores.dtype)
+    checks.per_example("shares", shares, scores.size)
+    return jax.nn.logsumexp(-scores, b=shares)
 
 
 def example_weights(

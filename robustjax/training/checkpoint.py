@@ -1,22 +1,35 @@
-"""Checkpoints of the training state with orbax: saved in the background, best and last kept."""
+"""Checkpoints of the training state with orbax: saved in the background, best and last kept.
 
+A checkpoint holds check sums of its arrays beside them, so that one that was damaged on the disk is
+never taken for a good one.
+"""
+
+import gc
+import json
 import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from robustjax import checks
+from robustjax import checks, parallel
 from robustjax.training.state import TrainState
 
 
 def open_checkpoints(
     directory: str | os.PathLike,
     *,
-    best_metric: str,
+    best_metric: str | None,
     best_mode: str = "max",
     keep_best: int = 1,
     keep_last: int = 2,
@@ -25,10 +38,13 @@ def open_checkpoints(
 
     Args:
       directory: where they live; made if it is not there.
-      best_metric: name of the metric that ranks checkpoints, among those given to ``save``.
+      best_metric: name of the metric that ranks checkpoints, among those given to ``save``; None:
+        only the last ones are kept.
       best_mode: ``"max"`` or ``"min"``.
       keep_best: best checkpoints kept, ``>= 1``.
       keep_last: last checkpoints kept, ``>= 1``.
+
+    A checkpoint whose metric cannot be read is damaged, and set aside as by ``restore_latest``.
 
     Raises:
       ValueError: an argument is out of range, the directory cannot be written, or what is in it
@@ -47,17 +63,17 @@ def open_checkpoints(
         checks.fields("metrics", metrics, (best_metric,))
         return metrics[best_metric]
 
+    kept = [preservation_policy.LatestN(keep_last)]
+    if best_metric is not None:
+        _set_aside_without_metric(directory, best_metric)
+        kept.append(
+            preservation_policy.BestN(get_metric_fn=score, reverse=best_mode == "min", n=keep_best)
+        )
     options = ocp.CheckpointManagerOptions(
-        best_fn=score,
+        best_fn=None if best_metric is None else score,
         best_mode=best_mode,
-        preservation_policy=preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep_last),
-                preservation_policy.BestN(
-                    get_metric_fn=score, reverse=best_mode == "min", n=keep_best
-                ),
-            ]
-        ),
+        preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+        cleanup_tmp_directories=True,
     )
     # The handler that reads and writes is named, so that it can also tell what a checkpoint holds.
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -70,12 +86,51 @@ def open_checkpoints(
         raise ValueError(f"checkpoints in {directory} are damaged: {_reason(error)}") from error
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, metrics: dict[str, float]) -> None:
-    """Starts to save the state under its step; returns before it is on disk."""
+class Stored(NamedTuple):
+    """What a checkpoint holds: the fields of the state, its key as numbers, and check sums."""
+
+    step: Any
+    params: Any
+    model_state: Any
+    opt_state: Any
+    oracle_state: Any
+    key: Any
+    check_sums: Any
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, metrics: dict[str, float] | None = None
+) -> None:
+    """Starts to save the state under its step; returns before it is on disk.
+
+    Raises:
+      ValueError: it, or the one before it, cannot be written; those that are there stay.
+    """
     # A copy, since the background writer may still read when the next step reuses the buffers of
     # its donated state.
     stored = jax.tree.map(jnp.copy, _storable(state))
-    manager.save(int(state.step), args=ocp.args.StandardSave(stored), metrics=metrics)
+    with _writing(manager):
+        manager.save(int(state.step), args=ocp.args.StandardSave(stored), metrics=metrics)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Returns when everything is on disk.
+
+    Raises:
+      ValueError: something cannot be written.
+    """
+    with _writing(manager):
+        manager.wait_until_finished()
+
+
+@contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint in {manager.directory} cannot be written: {_reason(error)}"
+        ) from error
 
 
 def restore(
@@ -99,18 +154,96 @@ def restore(
             f"{', '.join(map(str, manager.all_steps())) or 'none'}"
         )
     key_data = jax.eval_shape(jax.random.key_data, like.key)
+    replicated = like.key.sharding
     template = jax.tree.map(_abstract, like)._replace(
-        key=jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=like.key.sharding)
+        key=jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=replicated)
     )
+    sums = jax.ShapeDtypeStruct((len(jax.tree.leaves(template)),), jnp.uint32, sharding=replicated)
+    template = Stored(*template, sums)
     try:
         stored = manager.restore(step, args=ocp.args.StandardRestore(template))
     except Exception as error:
+        _forget_silently()
         raise ValueError(
             f"checkpoint {manager.directory}/{step} is damaged or of another model: "
             f"{_mismatch(manager, step, template) or _reason(error)}"
         ) from error
+    *fields, sums = stored
+    stored = TrainState(*fields)
+    if not np.array_equal(parallel.to_host(sums), parallel.to_host(_check_sums(stored))):
+        raise ValueError(
+            f"checkpoint {manager.directory}/{step} is damaged: its check sums are not those of "
+            "its arrays"
+        )
     key = jax.random.wrap_key_data(stored.key, impl=jax.random.key_impl(like.key))
     return stored._replace(key=key)
+
+
+def restore_latest(
+    managers: Sequence[ocp.CheckpointManager], like: TrainState
+) -> TrainState | None:
+    """The state of the largest step that can be read, over all the managers; None if there is none.
+
+    Newer checkpoints that cannot be read are named on standard error and set aside, next to the
+    folder of the checkpoints in one whose name ends in ``-damaged``, so that the run can save at
+    their steps again.
+
+    Raises:
+      ValueError: there are checkpoints, but none can be read: all are damaged or of another model.
+    """
+    steps = [(step, number) for number, m in enumerate(managers) for step in m.all_steps()]
+    failures = []
+    for step, number in sorted(steps, reverse=True):
+        try:
+            state = restore(managers[number], like, step=step)
+        except ValueError as error:
+            failures.append((managers[number], step, error))
+            continue
+        for manager, failed, error in failures:
+            _set_aside(manager.directory, failed, str(error))
+            manager.reload()
+        return state
+    if failures:
+        raise failures[0][2]
+    return None
+
+
+def _set_aside(directory: os.PathLike, step: int, reason: str) -> None:
+    """Moves a damaged checkpoint out of the way and says so; all processes of a run call it."""
+    directory = Path(directory)
+    folder = directory.with_name(directory.name + "-damaged")
+    if jax.process_index() == 0:
+        folder.mkdir(exist_ok=True)
+        target = folder / str(step)
+        if target.exists():
+            shutil.rmtree(target)
+        (directory / str(step)).rename(target)
+        print(f"warning: {reason}; moved to {target}", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"set aside {directory}/{step}")
+
+
+def _set_aside_without_metric(directory: Path, metric: str) -> None:
+    for folder in sorted(directory.iterdir()):
+        path = folder / "metrics" / "metrics"
+        if not folder.name.isdigit():
+            continue
+        try:
+            found = json.loads(path.read_text())
+            checks.fields(str(path), found, (metric,))
+        except (OSError, ValueError) as error:
+            _set_aside(
+                directory, int(folder.name), f"checkpoint {folder} is damaged: {_reason(error)}"
+            )
+
+
+def _forget_silently() -> None:
+    """Drops what the storage library leaves of a failed read, which would print pages later on."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
 
 
 def _reason(error: Exception) -> str:
@@ -119,7 +252,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
 
 
-def _mismatch(manager: ocp.CheckpointManager, step: int, template: TrainState) -> str | None:
+def _mismatch(manager: ocp.CheckpointManager, step: int, template: Stored) -> str | None:
     """The first array that a checkpoint does not hold as the template has it, in words."""
     try:
         held = jax.tree.leaves(manager.item_metadata(step).tree)
@@ -130,14 +263,30 @@ def _mismatch(manager: ocp.CheckpointManager, step: int, template: TrainState) -
         jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{leaf.shape}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(template)
     }
-    for name in sorted(wanted | got):
+    for name in sorted(wanted | got, key=lambda name: (name == "check_sums", name)):
         if got.get(name) != wanted.get(name):
             return f"{name} must be {wanted.get(name, 'absent')}, got {got.get(name, 'nothing')}"
     return None
 
 
-def _storable(state: TrainState) -> TrainState:
-    return state._replace(key=jax.random.key_data(state.key))
+def _storable(state: TrainState) -> Stored:
+    state = state._replace(key=jax.random.key_data(state.key))
+    return Stored(*state, _check_sums(state))
+
+
+@jax.jit
+def _check_sums(tree: Any) -> Array:
+    """A number for each array that depends on every bit and its place, ``(arrays,)`` uint32."""
+
+    def check_sum(x: Array) -> Array:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        unsigned = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
+        words = jax.lax.bitcast_convert_type(x, unsigned).reshape(-1).astype(jnp.uint32)
+        place = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+        return jnp.sum(words * place, dtype=jnp.uint32)
+
+    return jnp.stack([check_sum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

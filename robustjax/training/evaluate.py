@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from robustjax import checks, keys, parallel
+from robustjax import checks, data, keys, parallel
 from robustjax.attacks import Attack
 from robustjax.metrics.accuracy import correct
 from robustjax.objectives import ModelFn
@@ -40,7 +40,8 @@ def make_evaluator(
     Raises:
       ValueError: an attack is named ``"clean"`` or is no function; of a call: no batches, batches
         that lack a field or differ in shape, a batch size not divisible by the number of devices,
-        images that are not finite or not in [0, 1], labels that are not classes of the model.
+        images that are not finite or not in [0, 1], waveforms not in [-1, 1], labels that are not
+        classes of the model.
     """
     if not isinstance(attacks, Mapping):
         raise ValueError(f"attacks must map names to functions, got {checks.shown(attacks)}")
@@ -87,7 +88,7 @@ def make_evaluator(
         verdicts, masks = [], []
         for batch in batches:
             checks.fields("batch", batch, ("image", "label", "index", "mask"))
-            checks.images("images", batch["image"])
+            data.check_values("images", batch["image"])
             if not masks:
                 first, classes = batch["image"], class_count(params, model_state, batch["image"])
             checks.same_shape("images", batch["image"], "the first batch", first)

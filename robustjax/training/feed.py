@@ -3,6 +3,14 @@
 Both give ``advance(state, epoch, first, count) -> (state, metrics)`` for ``robustjax.training.fit``
 and make one global batch of a step the same whatever the number of devices and hosts. The state
 that ``advance`` is given is donated: go on with the one that it returns.
+
+A step whose loss or gradient is not finite is not taken: ``nonfinite="stop"`` leaves the state as
+it was before that step for the rest of the run, which ``fit`` then ends, ``"skip"`` goes on without
+it. ``advance.indices(step)`` are the examples of this host at a step.
+
+The state is replicated on all devices, and the step names the axis of the mesh. With
+``state_specs``, from ``parallel.shard_specs``, it is split over the devices, and the step is
+written for the whole batch, without an axis: the compiler divides it.
 """
 
 import itertools
@@ -15,7 +23,7 @@ from jax.sharding import Mesh
 
 from robustjax import checks, data, keys, parallel
 from robustjax.training.loop import Advance
-from robustjax.training.step import Step, several_resident_steps, several_steps
+from robustjax.training.step import Step, guarded_step, several_resident_steps, several_steps
 
 
 def resident(
@@ -26,6 +34,8 @@ def resident(
     batch_size: int,
     mesh: Mesh,
     replays: int = 1,
+    nonfinite: str = "stop",
+    state_specs: Any = None,
 ) -> Advance:
     """Trains on a data set that every device holds whole; batches are gathered under ``jit``.
 
@@ -37,6 +47,8 @@ def resident(
       mesh: devices.
       replays: steps in a row on each minibatch, ``>= 1``. An epoch of the loop stays as many steps
         as there are minibatches: it sees one in ``replays`` of them.
+      nonfinite: what is done about a step that fails, see above.
+      state_specs: how the state is split, see above; default replicated.
 
     Raises:
       ValueError: the batch does not divide over the devices or exceeds the data set, or ``key`` is
@@ -47,13 +59,11 @@ def resident(
     checks.integer("replays", replays, at_least=1)
     parallel.local_batch_size(batch_size, mesh)
     arrays = parallel.replicate({"image": dataset.image, "label": dataset.label}, mesh)
-    steps = parallel.parallel(
-        several_resident_steps(step, data.take),
-        mesh,
-        in_specs=(parallel.REPLICATED, parallel.REPLICATED, parallel.SPLIT_SECOND),
-        out_specs=(parallel.REPLICATED, parallel.REPLICATED),
-        donate_argnums=0,
+    several = several_resident_steps(
+        guarded_step(step, nonfinite=nonfinite),
+        lambda arrays, row: (row["step"], data.take(arrays, row["index"])),
     )
+    steps = _compiled(several, mesh, state_specs, parallel.REPLICATED)
     columns = parallel.own_rows(batch_size, mesh)
     orders: dict[int, np.ndarray] = {}
 
@@ -70,9 +80,12 @@ def resident(
     def advance(state, epoch: int, first: int, count: int):
         at = epoch * per_epoch + first
         rows = np.stack([minibatch(step // replays) for step in range(at, at + count)])
-        return steps(state, arrays, parallel.split(rows, mesh, parallel.SPLIT_SECOND))
+        indices = parallel.split(rows, mesh, parallel.SPLIT_SECOND)
+        numbers = parallel.replicate(np.arange(at, at + count, dtype=np.int32), mesh)
+        return steps(state, arrays, {"step": numbers, "index": indices})
 
     advance.compiled = steps
+    advance.indices = lambda step: minibatch(step // replays)
     return advance
 
 
@@ -83,6 +96,8 @@ def streamed(
     steps_per_epoch: int,
     mesh: Mesh,
     replays: int = 1,
+    nonfinite: str = "stop",
+    state_specs: Any = None,
 ) -> Advance:
     """Trains on batches that the host reads, several of them per dispatch.
 
@@ -93,6 +108,8 @@ def streamed(
       steps_per_epoch: to count steps over the run.
       mesh: devices.
       replays: as for ``resident``; ``batches_from`` counts minibatches.
+      nonfinite: as for ``resident``.
+      state_specs: as for ``resident``.
 
     Raises:
       ValueError: ``steps_per_epoch < 1``; later, if the batches end before the run does, or one
@@ -101,12 +118,9 @@ def streamed(
     checks.function("batches_from", batches_from)
     checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
     checks.integer("replays", replays, at_least=1)
-    steps = parallel.parallel(
-        several_steps(step),
-        mesh,
-        in_specs=(parallel.REPLICATED, parallel.SPLIT_SECOND),
-        out_specs=(parallel.REPLICATED, parallel.REPLICATED),
-        donate_argnums=0,
+    several = several_steps(guarded_step(step, nonfinite=nonfinite))
+    steps = _compiled(
+        lambda state, rows: several(state, (rows["step"], rows["batch"])), mesh, state_specs
     )
     stream: dict[str, Any] = {"at": None, "batches": None}
 
@@ -129,7 +143,24 @@ def streamed(
                 f"from step {at} on"
             )
         stacked = jax.tree.map(lambda *x: np.stack(x), *share)
-        return steps(state, parallel.split(stacked, mesh, parallel.SPLIT_SECOND))
+        batches = parallel.split(stacked, mesh, parallel.SPLIT_SECOND)
+        numbers = parallel.replicate(np.arange(at, at + count, dtype=np.int32), mesh)
+        return steps(state, {"step": numbers, "batch": batches})
 
     advance.compiled = steps
+    advance.indices = lambda step: next(iter(batches_from(step // replays)))["index"]
     return advance
+
+
+def _compiled(several: Callable, mesh: Mesh, state_specs: Any, *data_specs: Any) -> Callable:
+    """``several(state, *data, rows)`` over the mesh; the state is donated."""
+    divide = parallel.parallel if state_specs is None else parallel.automatic
+    specs = parallel.REPLICATED if state_specs is None else state_specs
+    rows = {"step": parallel.REPLICATED, "index" if data_specs else "batch": parallel.SPLIT_SECOND}
+    return divide(
+        several,
+        mesh,
+        in_specs=(specs, *data_specs, rows),
+        out_specs=(specs, parallel.REPLICATED),
+        donate_argnums=0,
+    )

@@ -23,6 +23,19 @@ def steps_per_dispatch(steps_per_epoch: int, limit: int) -> int:
     return max(k for k in range(1, min(limit, steps_per_epoch) + 1) if steps_per_epoch % k == 0)
 
 
+class NonFiniteLoss(ValueError):
+    """The loss or the norm of the gradient became NaN or infinite.
+
+    Attributes:
+      step: the step, counted from 0, that could not be taken.
+      state: before that step, if the steps are guarded (see ``guarded_step``).
+    """
+
+    def __init__(self, message: str, step: int, state: TrainState):
+        super().__init__(message)
+        self.step, self.state = step, state
+
+
 def fit(
     state: TrainState,
     advance: Advance,
@@ -32,6 +45,8 @@ def fit(
     dispatch: int,
     on_dispatch: Callable[[int, dict[str, np.ndarray]], None] = lambda step, metrics: None,
     on_epoch: Callable[[int, TrainState], None] = lambda epoch, state: None,
+    on_state: Callable[[int, TrainState], None] = lambda step, state: None,
+    should_stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Trains up to ``epochs * steps_per_epoch`` steps, from wherever the state stands.
 
@@ -45,13 +60,18 @@ def fit(
         dispatch's steps as numpy arrays; called while the device works on the next dispatch.
       on_epoch: ``on_epoch(epoch, state)`` after each epoch, counted from 1; all metrics of the
         epoch have been passed on by then.
+      on_state: ``on_state(step, state)`` after each dispatch, with the step reached; the arrays of
+        the state are given away to the next dispatch.
+      should_stop: ``should_stop(step)`` is asked after each dispatch.
 
     Returns:
-      The final state.
+      The state reached: the final one, or an earlier one if it was told to stop. All metrics up to
+      it have been passed on.
 
     Raises:
-      ValueError: an argument is out of range, or the loss became NaN or infinite; the steps
-        before it have been passed to ``on_dispatch``.
+      ValueError: an argument is out of range.
+      NonFiniteLoss: loss or gradient norm became NaN or infinite, in a step that was not skipped;
+        it is a ``ValueError``. Metrics of the dispatch, its own included, have been passed on.
     """
     checks.integer("epochs", epochs)
     checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
@@ -67,8 +87,15 @@ def fit(
         pending = None
         metrics = {name: np.asarray(v) for name, v in parallel.to_host(metrics).items()}
         on_dispatch(at, metrics)
-        for offset, loss in enumerate(metrics.get("loss", ())):
-            checks.finite(f"loss at step {at - len(metrics['loss']) + offset + 1}", float(loss))
+        if "skipped" in metrics:
+            return
+        for name in ("loss", "grad_norm"):
+            for offset, value in enumerate(metrics.get(name, ())):
+                if not np.isfinite(value):
+                    number = at - len(metrics[name]) + offset
+                    raise NonFiniteLoss(
+                        f"{name} at step {number + 1} must be finite, got {value}", number, state
+                    )
 
     while step < epochs * steps_per_epoch:
         epoch, first = divmod(step, steps_per_epoch)
@@ -81,4 +108,8 @@ def fit(
         if step % steps_per_epoch == 0:
             pass_on()
             on_epoch(epoch + 1, state)
+        on_state(step, state)
+        if should_stop(step):
+            break
+    pass_on()
     return state

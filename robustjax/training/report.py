@@ -183,39 +183,88 @@ def _read_object(where: str, text: str) -> dict[str, Any]:
 
 
 class Progress:
-    """Progress with time left: one line in place on a terminal, else a plain line per report.
+    """Progress with speed and time left: one line in place on a terminal, else plain lines.
 
     Args:
       total: steps of the run.
       start: steps done before.
       label: what runs.
+      examples_per_step: to show the examples per second of the steps since the first report, which
+        has the time of compilation.
     """
 
-    def __init__(self, total: int, *, start: int = 0, label: str = "train"):
+    def __init__(
+        self, total: int, *, start: int = 0, label: str = "train", examples_per_step: int = 0
+    ):
         self._total, self._start, self._label = total, start, label
+        self._examples = examples_per_step
         self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._console = Console(quiet=not is_writer(), highlight=False)
 
     def __call__(self, step: int, values: Mapping[str, float], *, keep: bool = False) -> None:
-        """Shows the step reached, the values and the time left.
+        """Shows the step reached, the values, the speed and the time left.
 
         Args:
           step: steps done.
           values: name to number.
           keep: leave the line standing; without it, only a terminal shows it.
         """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
         if not (keep or self._console.is_terminal):
             return
-        done, elapsed = step - self._start, time.monotonic() - self._began
-        left = elapsed / done * (self._total - step) if done else math.nan
+        elapsed = now - self._began
         text = f"{self._label} {step}/{self._total}" + "".join(
             f"  {name} {value:.4g}" for name, value in values.items()
         )
+        since, at = self._first if step > self._first[0] else (self._start, self._began)
+        left = math.nan
+        if step > since:
+            left = (now - at) / (step - since) * (self._total - step)
+            if self._examples and now > at:
+                text += f"  {self._examples * (step - since) / (now - at):,.0f} examples/s"
         text += f"  {_clock(elapsed)}<{_clock(left)}"
         if self._console.is_terminal:
             self._console.print("\r" + text, end="\n" if keep else "", soft_wrap=True)
         else:
             self._console.print(text, soft_wrap=True)
+
+
+class Trace:
+    """A profiler trace of what happens between the first and the second call; a context manager.
+
+    Args:
+      folder: where it goes, for TensorBoard and Perfetto.
+      wanted: False does nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike, wanted: bool):
+        self._folder, self._calls = os.fspath(folder), 0 if wanted and is_writer() else None
+
+    def __call__(self, arrays: Any) -> None:
+        """Marks the beginning, then the end, when the arrays have been computed."""
+        if self._calls is None:
+            return
+        jax.block_until_ready(arrays)
+        self._calls += 1
+        if self._calls == 1:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+        else:
+            self._stop()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._calls == 1:
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._calls = None
+        print_lines(f"trace: {self._folder}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from robustjax import checks, keys
 from robustjax.gradients import Oracle, plain
@@ -21,6 +21,7 @@ from robustjax.training.state import TrainState
 
 Batch = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+NONFINITE = ("stop", "skip")  # what is done about a loss or gradient that is not finite
 
 
 def train_step(
@@ -116,29 +117,67 @@ def _mean_over_devices(tree: Any, axis_name: str) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
+def guarded_step(step: Step, *, nonfinite: str = "stop") -> Step:
+    """``step`` for numbered batches, that does not take a step into NaN or infinity.
+
+    Args:
+      step: one training step; a step is taken if its ``loss`` (where there is one) and its
+        ``grad_norm`` are finite.
+      nonfinite: ``"stop"``: the state stays what it was before the step that failed, and so it does
+        in all later steps, whose numbers it does not reach any more. ``"skip"``: the state stays
+        what it was, but is counted on.
+
+    Returns:
+      ``step(state, (number, batch)) -> (state, metrics)``: ``number`` is the step at which the
+      batch is due. Metrics of the step that failed are as they came out, those of steps that are
+      not due NaN. Metrics have ``skipped`` beside, 0 or 1, if ``nonfinite`` is ``"skip"``.
+
+    Raises:
+      ValueError: ``nonfinite`` is neither.
+    """
+    checks.choice("nonfinite", nonfinite, NONFINITE)
+
+    def guarded(state: TrainState, numbered: tuple[Any, Batch]):
+        number, batch = numbered
+        due = state.step == number
+        new, metrics = step(state, batch)
+        finite = jnp.isfinite(metrics["grad_norm"])
+        if "loss" in metrics:
+            finite &= jnp.isfinite(metrics["loss"])
+        kept = jax.tree.map(lambda new, old: jnp.where(due & finite, new, old), new, state)
+        if nonfinite == "skip":
+            kept = kept._replace(step=state.step + due)
+            metrics = {**metrics, "skipped": 1.0 - finite}
+        metrics = jax.tree.map(lambda value: jnp.where(due, value, jnp.nan), metrics)
+        return kept, metrics
+
+    return guarded
+
+
 def several_steps(step: Step) -> Step:
     """``step`` over batches stacked on a leading axis ``(k, n, ...)``; metrics come as ``(k,)``."""
 
-    def steps(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def steps(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Array]]:
         return jax.lax.scan(step, state, batches)
 
     return steps
 
 
 def several_resident_steps(
-    step: Step, take: Callable[[Any, Int[Array, " n"]], Batch]
-) -> Callable[[TrainState, Any, Int[Array, "k n"]], tuple[TrainState, dict[str, Array]]]:
+    step: Step, take: Callable[[Any, Any], Batch]
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
     """``step`` over batches gathered on the device from a data set that is held there.
 
     Args:
       step: one training step.
-      take: ``take(data, indices (n,)) -> batch``, e.g. ``robustjax.data.take``.
+      take: ``take(data, indices (n,)) -> batch``, e.g. ``robustjax.data.take``; indices may be a
+        tree of arrays.
 
     Returns:
       ``steps(state, data, indices (k, n)) -> (state, metrics)`` with metrics ``(k,)``.
     """
 
-    def steps(state: TrainState, data: Any, indices: Int[Array, "k n"]):
+    def steps(state: TrainState, data: Any, indices: Any):
         return jax.lax.scan(lambda state, row: step(state, take(data, row)), state, indices)
 
     return steps

@@ -1,0 +1,162 @@
+"""Starting on several hosts: one process each, joined by ``jax.distributed``, or a clear error."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from robustjax import checks
+
+# Where a flag is not given. JAX itself finds all three on TPU pods, under Slurm, Open MPI and
+# Kubernetes.
+VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+
+def join(common: Any) -> None:
+    """Joins the processes of a run, if the common flags say that there are several.
+
+    It must come before anything else that JAX does. A process that waits for others in vain ends
+    with a message after ``join_timeout`` seconds.
+
+    Args:
+      common: ``command_line.Common``.
+
+    Raises:
+      ValueError: the flags do not fit together, or no cluster can be found.
+    """
+    told = {
+        "coordinator_address": common.coordinator_address,
+        "num_processes": common.num_processes,
+        "process_id": common.process_id,
+    }
+    if not common.distributed and all(value is None for value in told.values()):
+        return
+    for name in ("num_processes", "process_id"):
+        if told[name] is None and VARIABLES[name] in os.environ:
+            told[name] = _whole_number(VARIABLES[name])
+    if told["coordinator_address"] is None:
+        told["coordinator_address"] = os.environ.get(VARIABLES["coordinator_address"])
+    if not common.distributed:
+        for name, value in told.items():
+            if value is None:
+                raise ValueError(
+                    f"{name} must be given, by flag or {VARIABLES[name]}, or distributed to find "
+                    "the cluster, got None"
+                )
+    address = told["coordinator_address"]
+    if address is not None and not address.rpartition(":")[2].isdigit():
+        raise ValueError(f"coordinator_address must be HOST:PORT, got {address}")
+    if told["num_processes"] is not None:
+        checks.integer("num_processes", told["num_processes"], at_least=1)
+        if told["process_id"] is not None:
+            checks.integer("process_id", told["process_id"], at_most=told["num_processes"] - 1)
+    # The CPU backend has no collectives across processes otherwise.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    began = time.monotonic()
+    if address is not None and told["process_id"] not in (None, 0):
+        _await_coordinator(address, common.join_timeout)
+    left = max(1.0, common.join_timeout - (time.monotonic() - began))
+    with _deadline(left, _waited(common.join_timeout, told)):
+        try:
+            jax.distributed.initialize(
+                **told,
+                # Later than our own deadline: JAX ends a process that waits in vain by a crash.
+                initialization_timeout=common.join_timeout + 60,
+                heartbeat_timeout_seconds=common.heartbeat_timeout,
+                shutdown_timeout_seconds=common.heartbeat_timeout,
+            )
+        except ValueError as error:
+            missing = [name for name, value in told.items() if value is None]
+            raise ValueError(
+                f"distributed needs {', '.join(missing) or 'another cluster'}: {error}"
+            ) from error
+
+
+@contextmanager
+def peers_watched() -> Iterator[None]:
+    """Ends the process at once, with a message, when another one of the run has gone.
+
+    Without it the process would wait for that one again when it ends.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if jax.process_count() == 1 or not _lost_a_peer(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        _end(
+            f"error: another process of this run has stopped ({first[:200]}); what was saved "
+            "stays: start all processes again with --resume"
+        )
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    signs = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED",
+             "oordination service", "Connection reset", "another task")  # fmt: skip
+    return any(sign in str(error) for sign in signs)
+
+
+def _await_coordinator(address: str, seconds: float) -> None:
+    """Waits until something listens at the address.
+
+    Raises:
+      ValueError: nothing did in time.
+    """
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"coordinator_address {address} did not answer for {seconds:g} seconds "
+                    f"({error}): is process 0 running there, and the port open?"
+                ) from error
+            time.sleep(0.2)
+
+
+def _waited(seconds: float, told: dict[str, Any]) -> str:
+    number = told["num_processes"]
+    return (
+        f"error: not all {'' if number is None else f'{number} '}processes joined within "
+        f"{seconds:g} seconds (join_timeout): are all started, with the same coordinator_address "
+        f"({told['coordinator_address']}) and num_processes, and each with its own process_id?"
+    )
+
+
+@contextmanager
+def _deadline(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with the message if the body takes longer: it may not return to Python."""
+    timer = threading.Timer(seconds, _end, (message,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(message: str) -> None:
+    """Ends the process now; a regular end would wait for the other processes."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _whole_number(variable: str) -> int:
+    text = os.environ[variable]
+    if not text.isdigit():
+        raise ValueError(f"{variable} must be a whole number, got {text!r}")
+    return int(text)

@@ -1,0 +1,157 @@
+"""The training of one network: saved, resumed, interrupted, recorded on the way."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from experiments.training_settings import Settings
+from robustjax import parallel, training
+from robustjax.training import checkpoint, interruption, report
+
+# measure(state) -> {name of a split: {name: value}}; it has "validation", which ranks checkpoints.
+Measure = Callable[[training.TrainState], Mapping[str, Mapping[str, float]]]
+
+
+def fit_saved(
+    settings: Settings,
+    label: str,
+    fresh: training.TrainState,
+    advance: training.loop.Advance,
+    measure: Measure,
+    workdir: Path,
+    *,
+    steps_per_epoch: int,
+    best_metric: str,
+) -> tuple[training.TrainState, training.TrainState]:
+    """Trains from the newest checkpoint that can be read, or from the start.
+
+    ``WORKDIR/checkpoints`` has the states that were validated, the best and the last ones,
+    ``WORKDIR/recovery`` the newest one in between, ``WORKDIR/nonfinite`` the state before a step
+    that failed, with the examples of that step.
+
+    Args:
+      settings: ``epochs``, ``dispatch``, ``checkpoint_every``, ``save_every``, ``batch_size``,
+        ``resume``, ``profile`` are looked at.
+      label: of the lines that report progress.
+      fresh: the state to start from, placed on the devices.
+      advance: from ``training.feed``.
+      measure: called at each validation.
+      workdir: folder of this network.
+      steps_per_epoch: updates in an epoch.
+      best_metric: of those of ``"validation"``, by which the best state is chosen.
+
+    Returns:
+      The best state and the last one.
+
+    Raises:
+      interruption.Interrupted: the run was told to end; its state is saved.
+      ValueError: the loss is not finite, or a checkpoint cannot be written or read.
+    """
+    total = settings.epochs * steps_per_epoch
+    with ExitStack() as stack:
+        # keep_last 2: if the newest is damaged, there is another one.
+        validated = stack.enter_context(
+            checkpoint.open_checkpoints(workdir / "checkpoints", best_metric=best_metric)
+        )
+        between = stack.enter_context(
+            checkpoint.open_checkpoints(workdir / "recovery", best_metric=None)
+        )
+        should_stop = stack.enter_context(interruption.watch())
+        restored = checkpoint.restore_latest([validated, between], fresh)
+        state = fresh if restored is None else restored
+        saved = int(state.step)
+        if saved:
+            report.print_lines(f"{label}: resumed at step {saved} of {total}")
+        progress = report.Progress(
+            total, start=saved, label=label, examples_per_step=settings.batch_size
+        )
+        writer = stack.enter_context(report.MetricsWriter(workdir, from_step=saved))
+        tracing = stack.enter_context(report.Trace(workdir / "profile", settings.profile))
+        told = False
+
+        def on_dispatch(step: int, metrics: dict[str, np.ndarray]) -> None:
+            means = {name: _mean(values) for name, values in metrics.items()}
+            writer.write(step, "train", means)
+            progress(step, {"loss": means["loss"]})
+
+        def save(manager, state: training.TrainState, metrics=None) -> None:
+            nonlocal saved
+            # One manager at a time: the processes of a run meet in the background while they save,
+            # and two managers would mistake each other's meetings for their own.
+            checkpoint.wait(between if manager is validated else validated)
+            checkpoint.save(manager, state, metrics)
+            saved = int(state.step)
+
+        def on_epoch(epoch: int, state: training.TrainState) -> None:
+            if epoch % settings.checkpoint_every and epoch != settings.epochs:
+                return
+            step = int(state.step)
+            found = measure(state)
+            for split, values in found.items():
+                writer.write(step, split, values)
+            progress(step, found["validation"], keep=True)
+            save(validated, state, dict(found["validation"]))
+
+        def on_state(step: int, state: training.TrainState) -> None:
+            tracing(state)
+            if settings.save_every and step - saved >= settings.save_every:
+                save(between, state)
+
+        def stop(step: int) -> bool:
+            nonlocal told
+            told = should_stop(step)
+            return told
+
+        try:
+            last = training.fit(
+                state,
+                advance,
+                epochs=settings.epochs,
+                steps_per_epoch=steps_per_epoch,
+                dispatch=training.steps_per_dispatch(steps_per_epoch, settings.dispatch),
+                on_dispatch=on_dispatch,
+                on_epoch=on_epoch,
+                on_state=on_state,
+                should_stop=stop,
+            )
+        except training.NonFiniteLoss as error:
+            folder = _save_failed(workdir / "nonfinite", error, advance.indices(error.step))
+            raise ValueError(
+                f"{error}; the state before it and the examples are in {folder}"
+            ) from error
+        reached = int(last.step)
+        if told and reached > saved:
+            save(between, last)
+        checkpoint.wait(between)
+        checkpoint.wait(validated)
+        if told:
+            raise interruption.Interrupted(
+                f"{label}: told to end, saved at step {reached} of {total}; --resume goes on"
+            )
+        best_step = validated.best_step()
+        if best_step is None or best_step == reached:
+            return last, last
+        return checkpoint.restore(validated, fresh, step=best_step), last
+
+
+def _mean(values: np.ndarray) -> float:
+    """Over the steps whose value is finite; those that were skipped have none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float(values.mean())
+
+
+def _save_failed(folder: Path, error: training.NonFiniteLoss, indices: np.ndarray) -> Path:
+    """The state before a step that failed, and which examples it had on each process."""
+    found = parallel.gathered(np.asarray(indices))
+    with checkpoint.open_checkpoints(folder, best_metric=None) as manager:
+        if error.step not in manager.all_steps():
+            checkpoint.save(manager, error.state)
+        checkpoint.wait(manager)
+    if report.is_writer():
+        report.write_json(
+            folder / f"step-{error.step}.json",
+            {"step": error.step, "error": str(error), "examples": found},
+        )
+    return folder

@@ -1,0 +1,17 @@
+"""Every fault, in processes of its own; the table of what came of them is in the summary."""
+
+import pytest
+
+from survival import faults
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return faults.prepare(tmp_path_factory.mktemp("survival"))
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
+def test_survives(fault, place, record_property):
+    found = fault(place)
+    assert found.survived == found.tried > 0
+    record_property("survival", list(found))
