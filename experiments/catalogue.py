@@ -19,7 +19,7 @@ TRAINING = "python -m experiments.adversarial_training"
 SOAR = "python -m experiments.soar"
 FAST = "python -m experiments.fast_adversarial_training"
 OPTIMIZER = "python -m experiments.optimizer_robustness"
-SMALL = "part: digits in place of seven data sets"
+IMPLICIT = "python -m experiments.implicit_robustness"
 
 OUTER = "Dabouei et al. 2022, Revisiting outer optimization in adversarial training"
 FAST_AT = "Andriushchenko 2024, Understanding generalization and robustness, ch. 2 (fast training)"
@@ -56,6 +56,16 @@ def fast(study: str) -> tuple[str, str]:
 def soar(study: str) -> tuple[str, str]:
     """Small and published runs of a study of SOAR."""
     return f"{SOAR} --study={study}", f"{SOAR} --preset=paper --study={study}"
+
+
+def optimizer(study: str) -> tuple[str, str]:
+    """Small and published runs of a study of optimizers."""
+    return f"{OPTIMIZER} --study={study}", f"{OPTIMIZER} --preset=paper --study={study}"
+
+
+def implicit(study: str) -> tuple[str, str]:
+    """Small and published runs of a study of implicit robustness."""
+    return f"{IMPLICIT} --study={study}", f"{IMPLICIT} --preset=paper --study={study}"
 
 
 CATALOGUE = (
@@ -188,27 +198,38 @@ CATALOGUE = (
           "yes",
           (f"{TRAINING} --preset=paper --model=resnet18 --objective=standard "
            "--workdir=runs/attack_curves/models", f"{CURVES} --preset=paper")),
-    Entry(BRIDGING, "Fig. 5.1, B.3-B.8", "images under l_inf and Fourier-l_inf attacks",
-          "part: models trained here with standard and adversarial training, not the zoo's",
-          (f"{FOURIER} --preset=paper",)),
-    Entry(BRIDGING, "Fig. 5.5", "maximal eps of robust models under the Fourier-l_inf attack",
-          "part: models trained here with standard and adversarial training, not the zoo's",
-          (f"{FOURIER} --preset=paper",)),
-    Entry(BRIDGING, "Figs. 5.2, 5.3, 5.4, B.1, B.2", "maximal eps of linear models by optimizer, "
-          "regulariser and architecture", "no"),
+    Entry(BRIDGING, "Figs. 5.2, B.1, Table B.1", "maximal eps of linear models by optimizer and "
+          "regulariser", "yes", implicit("sweep")),
+    Entry(BRIDGING, "Figs. 5.3, B.2", "maximal Fourier-l_inf eps, linear convolutions", "yes",
+          implicit("fourier")),
+    Entry(BRIDGING, "Sec. 5.6.1", "what linear convolutions lack", "yes",
+          (f"{IMPLICIT} --study=gap",)),
+    Entry(BRIDGING, "Fig. 5.4 (a, b)", "adversarial training and an l_1 penalty, by their size",
+          "yes", implicit("at,penalty")),
+    Entry(BRIDGING, "Fig. 5.4 (c, d)", "adversarial training and TRADES of networks", "yes",
+          implicit("networks_eps,networks_trades")),
+    Entry(BRIDGING, "Sec. 5.2, App. B.1, B.4, Fig. B.9", "saddle points, slack, first-order "
+          "margins of networks, norm balls", "yes",
+          (f"{IMPLICIT} --study=saddle,slack,first_order,balls,precond",)),
+    Entry(BRIDGING, "Fig. 5.1, B.3-B.8", "images under l_inf and Fourier-l_inf attacks (with "
+          "--torch_checkpoints of the published models)", "yes", (f"{FOURIER} --preset=paper",)),
+    Entry(BRIDGING, "Fig. 5.5, Table B.2", "maximal eps of robust models under the Fourier-l_inf "
+          "attack", "part: 23 of the 25 models, from their published checkpoints on disk",
+          (f"{IMPLICIT} --study=zoo", f"{IMPLICIT} --preset=paper --study=zoo --zoo=FOLDER")),
     Entry(OPTIMIZERS, "Tables 4.1, 4.3, Fig. 4.1", "robustness and Lipschitz bounds of SGD, Adam "
-          "and RMSProp", SMALL, (f"{OPTIMIZER} --study=robustness",)),
-    Entry(OPTIMIZERS, "Table 4.7", "SGD with momentum", SMALL,
-          (f"{OPTIMIZER} --study=momentum",)),
-    Entry(OPTIMIZERS, "Tables 4.4, 4.5, 4.6", "BatchNorm, a ViT's head, speech commands", "no"),
-    Entry(OPTIMIZERS, "Figs. 4.2, 4.10", "spectral energy of images", SMALL,
-          (f"{OPTIMIZER} --study=energy",)),
-    Entry(OPTIMIZERS, "Fig. 4.3", "training on filtered images", SMALL,
-          (f"{OPTIMIZER} --study=filters",)),
+          "and RMSProp", "yes", optimizer("robustness")),
+    Entry(OPTIMIZERS, "Table 4.4", "BatchNorm", "yes", optimizer("batchnorm")),
+    Entry(OPTIMIZERS, "Table 4.5", "the head of a ViT", "yes",
+          (f"{OPTIMIZER} --study=head",
+           f"{OPTIMIZER} --preset=paper --study=head --pretrained=FILE")),
+    Entry(OPTIMIZERS, "Table 4.6", "speech commands", "yes", optimizer("audio")),
+    Entry(OPTIMIZERS, "Table 4.7", "SGD with momentum", "yes", optimizer("momentum")),
+    Entry(OPTIMIZERS, "Figs. 4.2, 4.10", "spectral energy of images", "yes", optimizer("energy")),
+    Entry(OPTIMIZERS, "Fig. 4.3", "training on filtered images", "yes", optimizer("filters")),
     Entry(OPTIMIZERS, "Figs. 4.4, 4.11 to 4.16, 4.18 to 4.20", "filtered and attacked images",
-          SMALL, (f"{OPTIMIZER} --study=panels,perturbed",)),
-    Entry(OPTIMIZERS, "Figs. 4.5, 4.6, 4.17", "noise in ten bands of frequencies", SMALL,
-          (f"{OPTIMIZER} --study=bands",)),
+          "yes", optimizer("panels,perturbed")),
+    Entry(OPTIMIZERS, "Figs. 4.5, 4.6, 4.17", "noise in ten bands of frequencies", "yes",
+          optimizer("bands")),
     Entry(OPTIMIZERS, "Figs. 4.7, 4.8, 4.9, Table 4.9", "linear regression, GD and signGD", "yes",
           (f"{OPTIMIZER} --study=dynamics,regions",)),
 )  # fmt: skip

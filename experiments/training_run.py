@@ -316,6 +316,7 @@ def _advance(settings, parts, train, key, mesh, state_specs):
             batch_size=settings.batch_size,
             seed=settings.seed,
             start_step=start,
+            to_float=False,
             random_transform=None if size is None else data.random_resized_crop(size),
         ),
         steps_per_epoch=parts.steps_per_epoch,

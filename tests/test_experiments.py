@@ -16,6 +16,8 @@ from experiments import (
     command_line,
     engm,
     fast_adversarial_training,
+    implicit_robustness,
+    optimizer_robustness,
     soar,
 )
 from robustjax import parallel
@@ -80,6 +82,7 @@ def test_help_names_every_flag_in_its_group():
     assert "  --eps: radius of the threat model, in input units [0.2 | 8/255]" in lines
 
 
+WITH_JOBS = (engm, fast_adversarial_training, implicit_robustness, optimizer_robustness, soar)
 COMMANDS = sorted({command for entry in catalogue.CATALOGUE for command in entry.commands})
 
 
@@ -92,7 +95,7 @@ def test_every_command_of_the_catalogue_can_be_parsed_and_built(command, capsys)
         assert not words and callable(module.main)
         return
     settings, _ = command_line.parse_settings(words, module.Settings, module.PRESETS)
-    if module in (engm, fast_adversarial_training, soar) and settings.scale == "paper":
+    if module in WITH_JOBS and settings.scale == "paper":
         return  # their own tests build all their networks
     if module is not adversarial_training:
         module.main(dataclasses.replace(settings, dry_run=True))

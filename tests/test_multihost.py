@@ -1,4 +1,4 @@
-"""Two processes over loopback make the run of one: training, checkpoint, evaluation."""
+"""Two processes over loopback make the run of one: training, checkpoint, evaluation, attacks."""
 
 import json
 import os
@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import parallel_training as runs
 import pytest
+
+from robustjax import parallel
 
 SCRIPT = Path(__file__).with_name("two_hosts.py")
 
@@ -73,3 +77,69 @@ def test_only_the_first_process_writes(results):
     _, folder = results
     lines = (folder / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes of two devices each make of every method, and of the attacks."""
+    folder = tmp_path_factory.mktemp("methods")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = SCRIPT.with_name("parallel_training.py")
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(number), "2", str(port), str(folder / str(number))],
+            env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in started:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+    return [dict(np.load(folder / f"{number}.npz")) for number in range(2)]
+
+
+def mesh_of(devices):
+    return parallel.device_mesh(jax.devices()[:devices])
+
+
+# Of the largest number after three steps, in float32: sums over devices are made in another order.
+# SOAR divides a difference of two gradients by h = 0.01, rounding included.
+TOLERANCE = dict.fromkeys(runs.METHODS, 2e-6) | {"soar": 1e-4}
+
+
+def assert_same_training(method, a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[method] * np.abs(b).max())
+
+
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_any_devices_and_hosts_train_the_same_network(method, two_processes):
+    """1, 2, 8 devices, and 2 of each of two processes, with synchronised statistics."""
+    own = [found[f"{method}/synchronised"] for found in two_processes]
+    np.testing.assert_array_equal(own[0], own[1])
+    one = runs.train(method, "synchronised", mesh_of(1))
+    for devices in (2, 8) if method in ("madry", "engm") else (8,):
+        assert_same_training(method, runs.train(method, "synchronised", mesh_of(devices)), one)
+    assert_same_training(method, own[0], one)
+
+
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_processes_with_statistics_of_each_device_train_as_one(method, two_processes):
+    """4 devices, and 2 of each of two processes; the result is not that of one device."""
+    own = [found[f"{method}/separate"] for found in two_processes]
+    np.testing.assert_array_equal(own[0], own[1])
+    assert_same_training(method, own[0], runs.train(method, "separate", mesh_of(4)))
+    together = two_processes[0][f"{method}/synchronised"]
+    assert np.abs(own[0] - together).max() > 1e-4 * np.abs(together).max()
+
+
+def test_attacks_do_not_depend_on_devices_and_hosts(two_processes):
+    expected = runs.attacked(mesh_of(1))
+    assert 0 < expected["robust"].mean() < 1
+    for found in (runs.attacked(mesh_of(8)), *two_processes):
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
