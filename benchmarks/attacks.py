@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import compilations, pgd, timing, training
+from benchmarks import compilations, demo_training, pgd, timing
 from experiments import adversarial_training, command_line
 from experiments.command_line import setting
 from experiments.training_settings import Settings as TrainingSettings
@@ -179,7 +179,7 @@ def main(settings: Settings) -> dict[str, Any]:
             )
             timing.print_summary(title, measured, BOUNDS)
     if "training" in settings.only:
-        measured = training.measure(
+        measured = demo_training.measure(
             sizes.experiment, dispatches=sizes.dispatches, rounds=sizes.rounds, peers=peers
         )
         results["training"] = measured

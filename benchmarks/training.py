@@ -1,140 +1,284 @@
-"""The speed of adversarial training: steps of the demo's small network, and the same in PyTorch."""
+"""The speed of training: images per second, use of the device, what the host adds, against PyTorch.
 
-from collections.abc import Callable, Sequence
+  python -m benchmarks.training                      CPU, a few minutes on 2 cores
+  python -m benchmarks.training --size=full          one accelerator, PreAct-ResNet-18, WRN-34-10
+  python -m benchmarks.training --profile            where the time goes, by kinds of operations
+
+Measured are standard training and PGD-10 adversarial training as in
+``experiments.adversarial_training --preset=paper`` on images 32x32: gathered on the device,
+cropped, mirrored, attacked, learnt with SGD, several steps in one dispatch.
+
+images/s      of the training loop (``robustjax.training.fit`` with ``feed.resident``)
+host          time of that loop beyond the time of the compiled program, called back to back with
+              arguments that are there already
+utilisation   floating-point operations of the step (of its matrix products and convolutions, from
+              the traced program) over the rate of large matrix products, measured in the same
+              process with the same dtype
+PyTorch       its time over ours, that is our throughput in its units, on the same device: eager,
+              in two memory formats, and with ``torch.compile`` if asked for; the fastest counts
+
+Times are taken in turn (A, B, C, A, B, C, ...) after a warm-up, without compilation; a ratio is
+the median over the rounds. The JSON file holds every time.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import agreement, timing
-from experiments import training_run
-from experiments.training_settings import Settings
-from robustjax import data, models, parallel, training
+from benchmarks import agreement, op_profile, peak, timing
+from benchmarks.training_cases import ATTACK, OBJECTIVES, SIZES, Case, Run, Size, Sweep
+from experiments import choices, command_line
+from experiments.command_line import setting
+from robustjax import checks
 from robustjax.benchmark import compilation
-from robustjax.training import feed
+from robustjax.benchmark import environment as machine
+from robustjax.training import report
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, how often, and where the result goes."""
+
+    # fmt: off
+    size: str = setting(
+        "small", "small: for a CPU; full: for an accelerator; quick: shows that it works and no "
+        "speed", "run", choices=tuple(SIZES))
+    objective: tuple[str, ...] = setting(
+        tuple(OBJECTIVES), "standard training, PGD-10 adversarial training", "run",
+        choices=tuple(OBJECTIVES))
+    precision: tuple[str, ...] = setting(
+        tuple(choices.PRECISIONS), "dtypes of the computation", "run",
+        choices=tuple(choices.PRECISIONS))
+    model: str | None = setting(None, "one of the networks alone, None: all", "run")
+    batch_sizes: tuple[int, ...] = setting((), "none: those of the size", "run", unit="examples")
+    rounds: int | None = setting(None, "measurements of each; None: that of the size", "run")
+    without_torch: bool = setting(False, "leave out the comparison with PyTorch", "run")
+    torch_compile: bool = setting(
+        False, "compare with torch.compile, too; it compiles for a minute or two", "run")
+    profile: bool = setting(
+        False, "where the time of the program goes, for the first batch size of each network",
+        "run")
+    out: str | None = setting(
+        None, "JSON file; None: benchmarks/results/training-DEVICE.json, or none if quick", "run")
+    # fmt: on
+
+    def __post_init__(self):
+        command_line.check_choices(self)
+        if self.rounds is not None:
+            checks.integer("rounds", self.rounds, at_least=1)
+        for batch_size in self.batch_sizes:
+            checks.integer("batch_sizes", batch_size, at_least=1)
+        if not self.sweeps():
+            names = ", ".join(sorted({sweep.model for sweep in SIZES[self.size].sweeps}))
+            raise ValueError(
+                f"model must be one of {names} in a precision that size {self.size} has, got "
+                f"{self.model} in {','.join(self.precision)}"
+            )
+
+    def sweeps(self) -> list[Sweep]:
+        """Those that are asked for."""
+        return [
+            dataclasses.replace(sweep, batch_sizes=self.batch_sizes or sweep.batch_sizes)
+            for sweep in SIZES[self.size].sweeps
+            if sweep.precision in self.precision and self.model in (None, sweep.model)
+        ]
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Measures, prints the tables, writes the JSON file; returns what it holds.
+
+    Raises:
+      ValueError: a peer computes something else.
+    """
+    size = SIZES[settings.size]
+    if settings.rounds is not None:
+        size = dataclasses.replace(size, rounds=settings.rounds)
+    out = settings.out
+    if out is None and settings.size != "quick":
+        out = f"benchmarks/results/training-{jax.default_backend()}.json"
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    peers = None if settings.without_torch else _torch_training()
+    results: dict[str, Any] = {
+        "environment": machine.environment(),
+        "settings": dataclasses.asdict(settings),
+        "size": dataclasses.asdict(size),
+        "peak": {},
+        "runs": [],
+    }
+    for sweep in settings.sweeps():
+        if sweep.precision not in results["peak"]:
+            dtype = choices.PRECISIONS[sweep.precision]
+            results["peak"][sweep.precision] = peak.matmul_rate(dtype, sizes=size.matrices)
+        for objective in settings.objective:
+            for batch_size in sweep.batch_sizes:
+                case = Case(sweep, objective, batch_size)
+                wanted = settings.profile and batch_size == sweep.batch_sizes[0]
+                try:
+                    found = measure(
+                        case,
+                        size,
+                        rate=results["peak"][sweep.precision]["rate"],
+                        peers=peers if sweep.peer else None,
+                        torch_compile=settings.torch_compile,
+                        profile=wanted,
+                    )
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    report.print_lines(f"{case.title}: does not fit into the memory")
+                    continue
+                results["runs"].append(found)
+                report.print_lines(f"{case.title}: {found['images_per_second']:,.1f} images/s")
+                if out is not None:  # what is measured is kept, whatever comes next
+                    report.write_json(out, results)
+    results["environment"]["load_average_1_minute_after"] = timing.load()
+    _print(results)
+    if out is not None:
+        report.write_json(out, results)
+        report.print_lines(f"written: {out}")
+    return results
 
 
 def measure(
-    settings: Settings,
+    case: Case,
+    size: Size,
     *,
-    dispatches: int,
-    rounds: int,
+    rate: float,
     peers: ModuleType | None,
+    torch_compile: bool,
+    profile: bool,
 ) -> dict[str, Any]:
-    """Times of adversarial training of the small network from one set of weights.
+    """Times of a case, and what follows from them.
 
     Args:
-      settings: of the experiment; its model must be ``small_cnn``, its optimizer ``adam`` with the
-        ``cosine`` schedule, for that is what the peer has.
-      dispatches: dispatches in a measurement.
-      rounds: measurements of each run.
-      peers: ``benchmarks.torch_peers``, or None to leave PyTorch out.
-
-    Returns:
-      ``timing.summary``, seconds of compilation, and what was compared to see that all agree.
+      case: what is trained.
+      size: how much of it.
+      rate: operations per second of matrix products, of the case's dtype.
+      peers: ``benchmarks.torch_training``, or None.
+      torch_compile: compare with that, too.
+      profile: see where the time goes.
 
     Raises:
-      ValueError: the networks or the losses in training do not agree.
+      ValueError: the peers compute something else.
     """
-    train = data.load(settings.dataset, "train")
-    parts = training_run.build(settings, "madry", training_run.facts_of(settings, train))
-    dispatch = training.steps_per_dispatch(parts.steps_per_epoch, settings.dispatch)
-    steps = dispatches * dispatch
-    x = jnp.asarray(data.as_float(train.image[:8]))
-    variables = agreement.random_variables(parts.model, x)
-    logits = models.eval_logits(parts.model.apply, *variables)(x)
-
-    trainer = partial(_trainer, settings, parts, train, variables, dispatch, dispatches)
-    runs = {"robustjax": trainer(jax.devices()[:1])}
-    on_all = jax.device_count() > 1 and settings.batch_size % jax.device_count() == 0
-    if on_all:
-        runs["robustjax_on_all_devices"] = trainer(jax.devices())
-    logit_difference = {}
-    for name, memory_format in peers.FORMATS.items() if peers else ():
-        network = peers.SmallCNN(x.shape[1], x.shape[3], train.num_classes)
-        network = peers.load_flax(network, *variables).to(memory_format=memory_format)
-        theirs = network(peers.images(x, memory_format))
-        logit_difference[name] = agreement.check_logits(name, theirs, logits)
-        advance = peers.adversarial_trainer(
-            network,
-            train.image,
-            train.label,
-            memory_format=memory_format,
-            batch_size=settings.batch_size,
-            eps=settings.eps,
-            step_size=settings.attack_step_size,
-            attack_steps=settings.attack_steps,
-            warmup_steps=settings.eps_warmup * parts.steps_per_epoch,
-            learning_rate=settings.learning_rate,
-            total_steps=settings.epochs * parts.steps_per_epoch,
-        )
-        runs[name] = partial(advance, steps)
-
-    # Loss and robust accuracy of every round: both must learn alike.
-    trace: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    recorded = {
-        name: lambda run=run, values=trace[name]: values.append(run()) for name, run in runs.items()
-    }
-    compile_seconds = {}
-    for name, run in recorded.items():  # once each, torch too: all stay at the same step
-        with compilation.compilations() as seen:
-            run()
-        if name not in logit_difference:
-            compile_seconds[name] = sum(seconds for _, seconds in seen)
-    seconds = timing.interleaved(recorded, rounds)
-    for name, values in trace.items():
-        agreement.check_loss(name, values[-1][0], trace["robustjax"][-1][0], within=0.25)
-    torch_runs = [*logit_difference]
-    return {
-        "steps": steps,
-        "compile_seconds": compile_seconds,
-        "agreement": {"logit_difference": logit_difference, "loss_and_robust_accuracy": trace},
-        **timing.summary(
-            seconds,
-            {
-                "robustjax / PyTorch": ("robustjax", torch_runs),
-                "robustjax on all devices / PyTorch": (
-                    "robustjax_on_all_devices",
-                    torch_runs if on_all else [],
-                ),
-            },
-        ),
-    }
-
-
-def _trainer(
-    settings: Settings,
-    parts: training_run.Parts,
-    train: data.Dataset,
-    variables: tuple[Any, Any],
-    dispatch: int,
-    dispatches: int,
-    devices: Sequence[jax.Device],
-) -> Callable[[], tuple[float, float]]:
-    """A function that trains for so many dispatches more: ``() -> (loss, robust accuracy)``."""
-    run_key, order_key = jax.random.split(jax.random.key(settings.seed))
-    mesh = parallel.device_mesh(devices)
-    advance = feed.resident(
-        parts.step, train, key=order_key, batch_size=settings.batch_size, mesh=mesh
+    run = Run(case, size)
+    began = time.perf_counter()
+    with compilation.compilations() as seen:
+        run.loop()
+    first = time.perf_counter() - began
+    runs: dict[str, Callable] = {"loop": run.loop, "program": run.program}
+    peer_runs = _peers(peers, case, run, torch_compile) if peers else {}
+    summary = timing.summary(
+        timing.interleaved({**runs, **peer_runs}, size.rounds),
+        {"loop / program": ("loop", ["program"]), "loop / PyTorch": ("loop", [*peer_runs])},
     )
-    state = training.create_state(*variables, parts.optimizer, run_key)
-    # A copy, because the step donates its state.
-    state, done = parallel.replicate(jax.tree.map(jnp.copy, state), mesh), 0
+    median, flops = summary["median_seconds"]["loop"], run.flops()
+    found = {
+        "title": case.title,
+        **dataclasses.asdict(case),
+        "steps": run.steps,
+        "first_seconds": first,
+        "compile_seconds": sum(seconds for name, seconds in seen if "steps" in name),
+        "flops_per_step": flops,
+        "images_per_second": run.steps * case.batch_size / median,
+        "utilisation": flops * run.steps / median / rate,
+        "host_seconds_per_step": (median - summary["median_seconds"]["program"]) / run.steps,
+        "host_share": summary["ratios"]["loop / program"]["median"] - 1,
+        **summary,
+    }
+    if "loop / PyTorch" in summary["ratios"]:
+        times = summary["ratios"]["loop / PyTorch"]
+        found["throughput_over_torch"] = {
+            "to": times["to"],
+            "median": 1 / times["median"],
+            "min": 1 / times["max"],
+            "max": 1 / times["min"],
+        }
+    if profile:
+        found["profile"] = op_profile.measure(partial(run.program, 1), op_profile.works(run.text()))
+    return found
 
-    def run() -> tuple[float, float]:
-        nonlocal state, done
-        metrics = []
-        for _ in range(dispatches):
-            state, now = advance(state, *divmod(done, parts.steps_per_epoch), dispatch)
-            metrics.append(now)
-            done += dispatch
-        metrics = jax.device_get(metrics)
-        loss, accuracy = (
-            float(np.mean([m[name] for m in metrics])) for name in ("loss", "robust_accuracy")
+
+def _peers(
+    peers: ModuleType, case: Case, run: Run, torch_compile: bool
+) -> dict[str, Callable[[], Any]]:
+    """The same training in PyTorch, by name; its losses must be ours."""
+    from benchmarks import torch_peers
+
+    runs = {}
+    formats = [(*item, False) for item in torch_peers.FORMATS.items()]
+    if torch_compile:
+        formats.append(("torch_compile", torch_peers.FORMATS["torch_channels_last"], True))
+    for name, memory_format, compiled in formats:
+        network = torch_peers.PreActResNet((2, 2, 2, 2), run.settings.width or 64)
+        advance = peers.trainer(
+            torch_peers.load_flax(network, *run.variables),
+            run.train.image,
+            run.train.label,
+            memory_format=memory_format,
+            batch_size=case.batch_size,
+            attack=ATTACK if case.objective == "madry" else None,
+            learning_rate=run.settings.learning_rate,
+            momentum=run.settings.momentum,
+            weight_decay=run.settings.weight_decay,
+            bfloat16=case.sweep.precision == "bfloat16",
+            compiled=compiled,
         )
-        return loss, accuracy
+        agreement.check_loss(name, advance(run.steps), run.losses[0], within=0.25)
+        runs[name] = partial(advance, run.steps)
+    return runs
 
-    return run
+
+def _torch_training() -> ModuleType | None:
+    """The peers; None, and a line that says so, where PyTorch is missing or on another device."""
+    try:
+        from benchmarks import torch_training
+    except ImportError as error:
+        report.print_lines(f"No comparison with PyTorch: {error}")
+        return None
+    ours = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    if torch_training.device() != ours:
+        report.print_lines(
+            f"No comparison with PyTorch, which is on {torch_training.device()}, not {ours}"
+        )
+        return None
+    return torch_training
+
+
+def _print(results: dict[str, Any]) -> None:
+    for precision, found in results["peak"].items():
+        report.print_lines(
+            f"matrix products, {precision}: {found['rate']:.3e} operations/s ({found['size']} rows)"
+        )
+    rows = []
+    for run in results["runs"]:
+        peer = run.get("throughput_over_torch")
+        rows.append([
+            run["title"],
+            f"{run['images_per_second']:,.1f}",
+            f"{1000 * run['median_seconds']['loop'] / run['steps']:,.1f}",
+            f"{100 * run['utilisation']:.1f} %",
+            f"{100 * run['host_share']:+.1f} %",
+            f"{run['compile_seconds']:.1f}",
+            "" if peer is None else f"{peer['median']:.2f} ({peer['min']:.2f}-{peer['max']:.2f})",
+        ])  # fmt: skip
+    report.print_table(
+        f"Training, {results['environment']['device']}",
+        ["run", "images/s", "ms a step", "utilisation", "host", "XLA s", "x PyTorch"],
+        rows,
+    )
+    report.print_lines("aims: host below 2 %, x PyTorch at least 1.0 on a CPU, 1.5 on a GPU")
+    for run in results["runs"]:
+        if "profile" in run:
+            op_profile.print_table(run["title"], run["profile"])
+
+
+if __name__ == "__main__":
+    command_line.run(main, Settings, {"default": Settings()}, __doc__)

@@ -116,10 +116,11 @@ def run(
         logging.set_verbosity(logging.WARNING)
         if common.compilation_cache is not None:
             jax.config.update("jax_compilation_cache_dir", common.compilation_cache)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            # Small programs, too: there are many of them, and reading one takes milliseconds.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         try:
             launch.join(common)
-            with launch.peers_watched():
+            with launch.peers_watched(common.debug):
                 main(settings)
         except interruption.Interrupted as told:
             print(told, file=sys.stderr)

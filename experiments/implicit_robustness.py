@@ -86,7 +86,8 @@ class Settings:
     resume: bool = setting(False, "go on with the run in workdir, if there is one", "run")
     dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
     assert_claims: bool = setting(
-        True, "end with an error if a claim that should hold does not", "run")
+        False, "end with an error if a claim that should hold does not; claims are calibrated for "
+        "the small preset", "run")
     epochs: int = setting(SmallNetworks().epochs, "epochs of training", "small", unit="epochs")
     train_size: int = setting(
         SmallNetworks().train_size, "digits to train on", "small", unit="examples")
@@ -113,7 +114,7 @@ class Settings:
 
 PRESETS = {
     "small": Settings(
-        scale="small", study=SMALL, networks=SmallNetworks().seeds,
+        scale="small", study=SMALL, networks=SmallNetworks().seeds, assert_claims=True,
         workdir="runs/implicit_robustness/small",
     ),
     "paper": Settings(),

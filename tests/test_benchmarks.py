@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import agreement, attacks, outer_optimizers, timing
+from benchmarks import (
+    agreement,
+    attacks,
+    compilation_cache,
+    input_pipeline,
+    op_profile,
+    outer_optimizers,
+    timing,
+    training,
+)
 from benchmarks import objectives as objectives_benchmark
 from robustjax import losses, models
 from robustjax.benchmark import compilation
@@ -250,3 +259,125 @@ def test_weights_of_another_network_are_refused():
         torch_peers.load_flax(torch_peers.PreActResNet((1, 1), 3), *variables)
     with pytest.raises(ValueError, match=r"params must have the layers of the peer"):
         torch_peers.load_flax(torch_peers.PreActResNet((1, 1), 2), variables[0], {})
+
+
+def test_a_quick_run_of_training(tmp_path, capsys):
+    out = tmp_path / "results" / "training.json"
+    results = training.main(
+        training.Settings(
+            size="quick", objective=("madry",), without_torch=True, profile=True, out=str(out)
+        )
+    )
+    assert json.loads(out.read_text()).keys() == results.keys()
+    rate = results["peak"]["float32"]["rate"]
+    (run,) = results["runs"]
+    assert (run["batch_size"], run["steps"]) == (8, 2)
+    assert run["seconds"].keys() == {"loop", "program"}
+    assert run["images_per_second"] == 8 * 2 / run["median_seconds"]["loop"]
+    np.testing.assert_allclose(
+        run["utilisation"], run["flops_per_step"] * run["images_per_second"] / 8 / rate
+    )
+    # Ten gradients for the input (forward and back), then forward and a gradient for the weights.
+    assert run["flops_per_step"] == 22 * 2 * 8 * (8 * 8 * 3) * 10
+    assert run["compile_seconds"] < run["first_seconds"]
+    np.testing.assert_allclose(sum(run["profile"]["shares"].values()), 1)
+    assert "matrix products" in run["profile"]["shares"]
+    assert "utilisation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"model": "vgg8"}, {"rounds": 0}, {"batch_sizes": (0,)}])
+def test_a_wrong_setting_of_training_is_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        training.Settings(size="quick", **settings)
+
+
+def test_a_profile_tells_the_gradients_of_a_convolution_apart():
+    def loss(x, kernel):
+        y = models.canonical_conv(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return (y**2).sum()
+
+    arrays = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+    works = op_profile.works(compiled.as_text())
+    kinds = {work.kind for work in works.values()}
+    convolutions = {f"convolutions, {k}" for k in ("forward", "input gradient", "weight gradient")}
+    assert convolutions <= kinds
+    profile = op_profile.measure(lambda: jax.block_until_ready(compiled(*arrays)), works)
+    assert convolutions <= profile["shares"].keys() <= kinds
+    np.testing.assert_allclose(sum(profile["shares"].values()), 1)
+
+
+def test_a_moment_is_shared_by_what_runs_in_it():
+    shared = op_profile.shared_time([("a", 0.0, 4.0), ("b", 1.0, 3.0), ("a", 1.0, 2.0)])
+    # 1 s of a; a second of a, a and b; a second of a and b; 1 s of a.
+    np.testing.assert_allclose([shared["a"], shared["b"]], [1 + 2 / 3 + 1 / 2 + 1, 1 / 3 + 1 / 2])
+
+
+def test_a_quick_run_of_the_input_pipeline(tmp_path, capsys):
+    quick = input_pipeline.PRESETS["quick"]
+    rates = {"runs": [{"title": "a run", "images_per_second": 50.0}]}
+    (tmp_path / "training-cpu.json").write_text(json.dumps(rates))
+    out = tmp_path / "input.json"
+    results = input_pipeline.main(
+        dataclasses.replace(quick, only=("arrays", "jpeg"), results=str(tmp_path), out=str(out))
+    )
+    assert json.loads(out.read_text())["needed"] == results["needed"] == {"cpu: a run": 50.0}
+    # uint8 on the way to the device: 32x32, and the crops of the files.
+    assert {k: run["bytes"] for k, run in results["runs"].items()} == {
+        "arrays": 3 * 32**2, "jpeg": 3 * quick.crop_size**2
+    }  # fmt: skip
+    for run in results["runs"].values():
+        assert run["threads"].keys() == {*quick.threads}
+        assert run["per_core"] == max(one["per_core"] for one in run["threads"].values()) > 0
+    cores = 50 / results["runs"]["jpeg"]["per_core"]
+    assert f"{cores:,.2f}" in capsys.readouterr().out
+
+
+def test_the_first_step_comes_without_heavy_imports_and_from_the_cache(tmp_path, monkeypatch):
+    flags = "--objective=standard --dataset=digits --model=linear --dispatch=1 --batch_size=96"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    found = compilation_cache.started([*flags.split(), f"--workdir={tmp_path / 'run'}"])
+    assert found["heavy"] == []
+    assert found["programs"] > found["read"] == 0
+    parts = [found[part] for part in compilation_cache.PARTS]
+    assert min(parts) > 0
+    assert found["interpreter"] + found["imports"] < found["total"]
+
+    starts = iter([10.0, 2.0, 30.0, 5.0, 20.0, 5.0])
+    monkeypatch.setattr(
+        compilation_cache, "started", lambda flags: {**found, "total": next(starts)}
+    )
+    settings = compilation_cache.Settings(only=("demo",), out=None)
+    assert compilation_cache.main(settings)["runs"]["demo"]["faster"] == 5  # of 5, 6 and 4
+
+
+def test_the_peer_crops_windows_and_is_led_astray_by_an_attack():
+    torch = pytest.importorskip("torch")
+    from benchmarks import torch_peers, torch_training
+
+    x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4) + 1
+    padded = torch.nn.functional.pad(x, (1,) * 4)
+    for image, around in zip(torch_training.crop_and_flip(x, 1), padded, strict=True):
+        windows = [around[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+        assert any(torch.equal(image, w) or torch.equal(image, w.flip(2)) for w in windows)
+
+    draw = np.random.default_rng(0)
+    loss = {}
+    for name, attack in {"clean": None, "pgd": {"eps": 0.5, "step_size": 0.1, "steps": 3}}.items():
+        torch.manual_seed(0)
+        loss[name] = torch_training.trainer(
+            torch_peers.PreActResNet((1,), 4),
+            draw.integers(0, 256, (8, 8, 8, 3), np.uint8),
+            np.arange(8) % 10,
+            memory_format=torch.channels_last,
+            batch_size=4,
+            attack=attack,
+            learning_rate=0.01,
+            momentum=0.9,
+            weight_decay=0.0,
+            bfloat16=False,
+            compiled=False,
+        )(2)
+    assert loss["pgd"] > loss["clean"] > 0

@@ -96,7 +96,7 @@ def test_the_constant_of_silu_is_its_largest_slope():
 
 
 NETWORKS = {
-    "resnet": models.ResNet((1, 1), width=2, num_classes=3),
+    "resnet": models.ResNet((0, 1), width=2, num_classes=3),  # the block has a projection
     "preact": models.PreActResNet((1,), width=2, activation="swish", final_norm=True, std=0.3),
 }
 

@@ -36,6 +36,13 @@ def start(processes, folder):
     ]
 
 
+def waited(process):
+    try:
+        return process.communicate(timeout=300)
+    finally:
+        process.kill()
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Results of the one process, then of each of the two."""
@@ -43,7 +50,7 @@ def results(tmp_path_factory):
     started = {1: start(1, folder / "one"), 2: start(2, folder / "two")}
     for group in started.values():
         for process in group:
-            output, _ = process.communicate(timeout=300)
+            output, _ = waited(process)
             assert process.returncode == 0, output[-3000:]
     paths = [folder / "one" / "results-0.json"]
     paths += [folder / "two" / f"results-{process}.json" for process in range(2)]
@@ -98,7 +105,7 @@ def two_processes(tmp_path_factory):
         for number in range(2)
     ]
     for process in started:
-        output, _ = process.communicate(timeout=300)
+        output, _ = waited(process)
         assert process.returncode == 0, output[-3000:]
     return [dict(np.load(folder / f"{number}.npz")) for number in range(2)]
 

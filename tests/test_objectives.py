@@ -1,5 +1,7 @@
 """Objectives: limits, closed forms on linear models, and what the attack may not touch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,9 @@ from robustjax.objectives import (
     trades_attack,
 )
 from robustjax.threat import ThreatModel
+
+# Tiny programs: what takes time is compiling them.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RNG = np.random.default_rng(0)
 N, D, K = 6, 5, 4
@@ -60,7 +65,7 @@ def value_and_grad(objective, params=PARAMS, model_fn=network, batch=BATCH):
         losses, (state, metrics) = loss_fn(params, {"calls": jnp.zeros(())}, KEY, batch)
         return losses.mean(), (losses, state, metrics)
 
-    (_, aux), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+    (_, aux), grads = jit(jax.value_and_grad(mean, has_aux=True))(params)
     return *aux, grads
 
 
@@ -76,10 +81,15 @@ NOTHING = {
 }
 
 
+@functools.cache
+def plain_training():
+    return value_and_grad(standard())
+
+
 @pytest.mark.parametrize("name", NOTHING)
 def test_without_perturbation_it_is_standard_training(name):
     losses, _, _, grads = value_and_grad(NOTHING[name])
-    expected, _, _, expected_grads = value_and_grad(standard())
+    expected, _, _, expected_grads = plain_training()
     np.testing.assert_allclose(losses, expected, atol=2e-6)
     assert_trees_close(grads, expected_grads, atol=1e-6)
 
@@ -142,8 +152,8 @@ def mart_by_hand(params, beta, guard):
     return boosted + beta * divergence * (1 - clean[rows, y]), divergence
 
 
-@pytest.mark.parametrize("guard", [0.0, 1e-4])
-@pytest.mark.parametrize("beta", [0.0, 6.0])
+# Each is in one of the terms alone.
+@pytest.mark.parametrize("beta, guard", [(0.0, 1e-4), (6.0, 0.0)])
 def test_mart_is_its_two_terms_at_the_attacked_point(beta, guard):
     losses, state, metrics, grads = value_and_grad(mart(by_shift, beta=beta, guard=guard))
     expected, divergence = mart_by_hand(PARAMS, beta, guard)
@@ -227,12 +237,14 @@ def test_a_constant_model_has_no_divergence():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_attack_leaves_the_statistics_alone(mode):
     threat = ThreatModel(LInf(), 0.1)
-    _, state, _, _ = value_and_grad(madry(pgd(threat, steps=2), attack_mode=mode))
-    assert state["calls"] == 1
-    _, state, _, _ = value_and_grad(trades(trades_attack(threat, steps=2), attack_mode=mode))
-    assert state["calls"] == 2
-    _, state, _, _ = value_and_grad(mart(pgd(threat, steps=2), attack_mode=mode))
-    assert state["calls"] == 2
+    attack, divergence_attack = pgd(threat, steps=2), trades_attack(threat, steps=2)
+    for objective, calls in (
+        (madry(attack, attack_mode=mode), 1),
+        (trades(divergence_attack, attack_mode=mode), 2),
+        (mart(attack, attack_mode=mode), 2),
+    ):
+        _, (state, _) = call(jit(objective(network)), BATCH)
+        assert state["calls"] == calls
 
 
 def test_no_gradient_through_the_attack():
@@ -258,7 +270,7 @@ def test_no_gradient_through_the_attack():
 
 def test_adversarial_training_raises_the_loss():
     losses, _, metrics, _ = value_and_grad(madry(pgd(ThreatModel(LInf(), 0.3), steps=5)))
-    clean, _, _, _ = value_and_grad(standard())
+    clean, _, _, _ = plain_training()
     assert float(losses.mean()) > float(clean.mean())
     assert set(metrics) == {"loss", "robust_accuracy"}
 
@@ -301,11 +313,20 @@ def call(function, *arguments, **options):
     return function(PARAMS, {"calls": jnp.zeros(())}, KEY, *arguments, **options)
 
 
+@functools.cache
+def found_by(name):
+    """The batch of the inner stage: what takes time is compiling its attack."""
+    return call(stages(STAGED[name](modal)).inner, WITH_STEP)
+
+
+@functools.cache
+def whole_of(name):
+    return call(STAGED[name](modal), WITH_STEP)
+
+
 @pytest.mark.parametrize("name", STAGED)
 def test_a_loss_is_its_outer_stage_at_what_the_inner_one_finds(name):
-    loss_fn = STAGED[name](modal)
-    parts = stages(loss_fn)
-    found = call(parts.inner, WITH_STEP)
+    parts, found = stages(STAGED[name](modal)), found_by(name)
     added = {"adversarial"} if name in ATTACKING else set()
     assert found.keys() == WITH_STEP.keys() | added
     for field in WITH_STEP:
@@ -313,7 +334,7 @@ def test_a_loss_is_its_outer_stage_at_what_the_inner_one_finds(name):
     if added:
         moved = jnp.abs(found["adversarial"] - WITH_STEP["image"]).max()
         np.testing.assert_allclose(moved, 0.2, rtol=1e-5)
-    whole, (state, metrics) = call(loss_fn, WITH_STEP)
+    whole, (state, metrics) = whole_of(name)
     apart, (state_apart, metrics_apart) = call(parts.outer, found)
     assert_trees_close((apart, metrics_apart), (whole, metrics), rtol=0)
     assert state_apart["calls"] == state["calls"] == (2 if name in ("trades", "mart") else 1)
@@ -355,8 +376,7 @@ def test_no_tangent_enters_the_attack():
 @pytest.mark.parametrize("name", STAGED)
 def test_the_outer_stage_in_evaluation_mode(name):
     """It is the loss of the model in evaluation mode, and no pass is counted."""
-    parts = stages(STAGED[name](modal))
-    found = call(parts.inner, WITH_STEP)
+    parts, found = stages(STAGED[name](modal)), found_by(name)
     losses, (state, metrics) = call(parts.outer, found, train=False)
     assert state["calls"] == 0
     np.testing.assert_array_equal(metrics["loss"], losses)
@@ -380,8 +400,7 @@ def test_the_outer_stage_in_evaluation_mode(name):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", STAGED)
 def test_the_outer_stage_of_a_part_of_the_batch(name, train):
-    parts = stages(STAGED[name](modal))
-    found = call(parts.inner, WITH_STEP)
+    parts, found = stages(STAGED[name](modal)), found_by(name)
     whole, (_, metrics) = call(parts.outer, found, train=train)
     part = {field: v if v.ndim == 0 else v[1:4] for field, v in found.items()}
     losses, (_, part_metrics) = call(parts.outer, part, train=train)
@@ -420,11 +439,9 @@ def test_stages_of_stages_are_themselves():
 
 @pytest.mark.parametrize("name", STAGED)
 def test_outer_only_attacks_no_more(name):
-    loss_fn = STAGED[name](modal)
-    found = call(stages(loss_fn).inner, WITH_STEP)
-    second = outer_only(loss_fn)
+    found, second = found_by(name), outer_only(STAGED[name](modal))
     assert call(second.inner, found) is found
-    assert_trees_close(call(second, found)[0], call(loss_fn, WITH_STEP)[0], rtol=0)
+    assert_trees_close(call(second, found)[0], whole_of(name)[0], rtol=0)
     # With other inputs to attack but the same attacked ones, only what looks at the clean ones
     # changes.
     elsewhere = call(second, {**found, "image": found["image"] + 1})[0]

@@ -53,6 +53,11 @@ PARAMS = {
 }
 
 
+def at_once(function):
+    """The results of a function without arguments, compiled as one program."""
+    return jax.jit(function)()
+
+
 def smooth(params, x):
     return jax.nn.softplus(x.reshape(len(x), -1) @ params["w"]) @ params["v"]
 
@@ -176,20 +181,18 @@ def test_the_one_sided_penalty_differentiates_the_second_gradient_alone():
             functools.partial(smooth, params), KEY, X, Y
         ).mean()
 
-    first = input_gradient(functools.partial(smooth, PARAMS), X, Y)
+    first = at_once(lambda: input_gradient(functools.partial(smooth, PARAMS), X, Y))
     eta = 0.1 * jnp.sign(first)
 
     def by_hand(params):
         second = input_gradient(functools.partial(smooth, params), X + eta, Y)
         return 1 - cosine(first, second).mean()
 
-    for sides in ("one", "two"):
-        np.testing.assert_allclose(value(PARAMS, sides), by_hand(PARAMS), rtol=1e-4, atol=1e-6)
-    got = jax.jit(jax.grad(functools.partial(value, sides="one")))(PARAMS)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-        got, jax.grad(by_hand)(PARAMS),
-    )  # fmt: skip
+    expected, slopes = jax.jit(jax.value_and_grad(by_hand))(PARAMS)
+    one, got = jax.jit(jax.value_and_grad(functools.partial(value, sides="one")))(PARAMS)
+    two = jax.jit(functools.partial(value, sides="two"))(PARAMS)
+    np.testing.assert_allclose([one, two], [expected, expected], rtol=1e-4, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), got, slopes)
 
 
 def test_alignment_penalty_is_zero_for_linear_models_and_bounded():
@@ -225,18 +228,23 @@ def test_golden_numbers_of_logistic_regression():
 
     def size(**options):
         upper, lower = augmented_hessian_product(LOGISTIC, POINT, ONE, z, z_1, **options)
-        return upper, lower, 0.51 * np.sqrt((upper**2).sum() + lower[0] ** 2)
+        return upper, lower, 0.51 * jnp.sqrt((upper**2).sum() + lower[0] ** 2)
 
-    upper, lower, exact = size(hessian="exact")
+    def samples(**options):
+        return soar(0.1, samples=5_000, hessian="exact", **options)(LOGISTIC, KEY, POINT, ONE)
+
+    (upper, lower, exact), coarse, fine, mean, many = at_once(
+        lambda: (
+            size(hessian="exact"), size(h=0.1)[2], size(h=0.01)[2],
+            samples(), samples(bound="frobenius"),
+        )
+    )  # fmt: skip
     np.testing.assert_allclose(upper, [[0.325, -0.65]], rtol=1e-5)
     np.testing.assert_allclose(lower, [-0.65], rtol=1e-5)
     np.testing.assert_allclose(exact, 0.49725, rtol=1e-5)
-    for h, expected in ((0.1, 0.495759), (0.01, 0.497235)):
-        np.testing.assert_allclose(size(h=h)[2], expected, rtol=3e-5)
+    np.testing.assert_allclose([coarse, fine], [0.495759, 0.497235], rtol=3e-5)
     # E ||Hz|| of a matrix of rank one, and the Frobenius norm.
-    many = soar(0.1, samples=5_000, hessian="exact")(LOGISTIC, KEY, POINT, ONE)
-    np.testing.assert_allclose(many / 0.51, 2.25 * np.sqrt(2 / np.pi), rtol=0.02)
-    many = soar(0.1, samples=5_000, hessian="exact", bound="frobenius")(LOGISTIC, KEY, POINT, ONE)
+    np.testing.assert_allclose(mean / 0.51, 2.25 * np.sqrt(2 / np.pi), rtol=0.02)
     np.testing.assert_allclose(many / 0.51, 2.25, rtol=0.02)
     np.testing.assert_allclose(
         cross_entropy(LOGISTIC(POINT), ONE) + many - 0.5, 1.340647, rtol=0.02
@@ -252,34 +260,38 @@ def test_mean_square_of_the_product_is_the_frobenius_norm():
     def loss(x):
         return cross_entropy(logits_fn(x[None]), Y[:1])[0]
 
-    hessian, gradient = jax.hessian(loss)(X[0]), jax.grad(loss)(X[0])
+    z = jnp.asarray(RNG.normal(size=(1, D)), jnp.float32)
+
+    def values(bound, *counts):
+        rules = [soar(0.1, samples=n, hessian="exact", bound=bound) for n in counts]
+        return [rule(logits_fn, KEY, X[:1], Y[:1])[0] for rule in rules]
+
+    @jax.jit
+    def everything(x, z):
+        product = augmented_hessian_product(
+            logits_fn, X[:1], Y[:1], z, jnp.array([0.3]), hessian="exact"
+        )
+        sizes = *values("mean", 5_000), *values("frobenius", 5_000)
+        return jax.hessian(loss)(x), jax.grad(loss)(x), product, sizes, values("spectral", 1, 3, 60)
+
+    hessian, gradient, (upper, lower), sizes, found = everything(X[0], z)
     augmented = np.block([[np.asarray(hessian), np.asarray(gradient)[:, None]],
                           [np.asarray(gradient)[None], np.ones((1, 1))]])  # fmt: skip
     frobenius = np.linalg.norm(augmented)
     np.testing.assert_allclose(
         frobenius**2, (hessian**2).sum() + 2 * (gradient**2).sum() + 1, rtol=1e-5
     )
-    z = jnp.asarray(RNG.normal(size=(1, D)), jnp.float32)
-    upper, lower = augmented_hessian_product(
-        logits_fn, X[:1], Y[:1], z, jnp.array([0.3]), hessian="exact"
-    )
     expected = augmented @ np.append(np.asarray(z[0]), 0.3)
     np.testing.assert_allclose(np.append(upper[0], lower), expected, rtol=1e-3, atol=1e-4)
     factor = (D * 0.1**2 + 1) / 2
-    sizes = {}
-    for bound in ("mean", "frobenius"):
-        value = soar(0.1, samples=5_000, hessian="exact", bound=bound)(logits_fn, KEY, X[:1], Y[:1])
-        sizes[bound] = float(value[0]) / factor
-    np.testing.assert_allclose(sizes["frobenius"], frobenius, rtol=0.02)
+    mean, of_frobenius = np.array(sizes) / factor
+    np.testing.assert_allclose(of_frobenius, frobenius, rtol=0.02)
     # Power iteration comes to the largest eigenvalue from below.
-    found = []
-    for products in (1, 3, 60):
-        penalty = soar(0.1, samples=products, hessian="exact", bound="spectral")
-        found.append(float(penalty(logits_fn, KEY, X[:1], Y[:1])[0]) / factor)
+    found = np.array(found) / factor
     spectral = np.linalg.norm(augmented, 2)
     assert found[0] < found[1] < spectral * (1 + 1e-5)
     np.testing.assert_allclose(found[2], spectral, rtol=1e-3)
-    assert np.sqrt(2 / np.pi) * frobenius * 0.98 <= sizes["mean"] <= frobenius * 1.02
+    assert np.sqrt(2 / np.pi) * frobenius * 0.98 <= mean <= frobenius * 1.02
 
 
 def test_the_difference_is_exact_for_a_quadratic_loss_and_first_order_otherwise():
@@ -303,16 +315,26 @@ def test_the_difference_is_exact_for_a_quadratic_loss_and_first_order_otherwise(
 
 def test_a_flat_loss_leaves_the_floor():
     flat = jnp.zeros((1000, D))
-    values = soar(0.1)(lambda x: jnp.zeros((len(x), 2)), KEY, flat, jnp.zeros(1000, jnp.int32))
+    spectral = soar(0.1, samples=2, bound="spectral")
+
+    def constant(x):
+        return jnp.zeros((len(x), 2))
+
+    @jax.jit
+    def everything(w):
+        return (
+            soar(0.1)(constant, KEY, flat, jnp.zeros(1000, jnp.int32)),
+            soar(0.1, clip=0.3)(constant, KEY, flat, ONE.repeat(1000)),
+            jax.value_and_grad(
+                lambda w: spectral(lambda x: w * constant(x), KEY, flat[:2], Y[:2]).mean()
+            )(w),
+        )
+
+    values, clipped, (largest, slope) = everything(1.0)
     factor = (D * 0.1**2 + 1) / 2
     np.testing.assert_allclose(values.mean(), factor * np.sqrt(2 / np.pi), rtol=0.05)
-    spectral = soar(0.1, samples=2, bound="spectral")
-    largest, slope = jax.value_and_grad(
-        lambda w: spectral(lambda x: w * jnp.zeros((len(x), 2)), KEY, flat[:2], Y[:2]).mean()
-    )(1.0)
     np.testing.assert_allclose(largest, factor, rtol=1e-5)
     assert slope == 0
-    clipped = soar(0.1, clip=0.3)(lambda x: jnp.zeros((len(x), 2)), KEY, flat, ONE.repeat(1000))
     np.testing.assert_allclose(clipped, np.minimum(values, 0.3), rtol=1e-6)
 
 
@@ -528,7 +550,7 @@ def test_soar_expands_the_loss_at_a_point_of_half_the_radius():
 
 
 def test_random_numbers_follow_the_example_not_its_place():
-    loss_fn = penalized(standard(), soar(0.1))(MODEL.apply)
+    loss_fn = jax.jit(penalized(standard(), soar(0.1))(MODEL.apply))
     whole = loss_fn(PARAMS, {}, KEY, BATCH)[0]
     part = jax.tree.map(lambda v: v[2:5], BATCH)
     np.testing.assert_allclose(loss_fn(PARAMS, {}, KEY, part)[0], whole[2:5], rtol=1e-5)

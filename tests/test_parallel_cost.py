@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from robustjax import models, objectives, parallel, training
+from robustjax import data, models, objectives, parallel, training
 from robustjax.attacks import pgd
 from robustjax.norms import LInf
 from robustjax.threat import ThreatModel
+from robustjax.training import checkpoint, feed
 
 KEY = jax.random.key(0)
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -58,14 +59,17 @@ def all_reduced_bytes(program):
 
 @pytest.mark.parametrize("devices, attack_steps", [(8, 1), (8, 5), (2, 5)])
 def test_a_step_moves_its_parameters_once(devices, attack_steps):
-    """One all-reduce: gradients, and three float32 metrics; no more for more attack steps."""
+    """One all-reduce: gradients, and two float32 metrics; no more for more attack steps."""
     metrics = 2  # loss and robust accuracy
     expected = training.tree_bytes(state_of(MODEL).params) + 4 * metrics
-    assert all_reduced_bytes(compiled(devices, attack_steps)) == [expected]
+    program = compiled(devices, attack_steps)
+    assert all_reduced_bytes(program) == [expected]
+    others = " (all-gather|reduce-scatter|all-to-all|collective-permute)"
+    assert not re.search(others, program.as_text())
 
 
 def test_memory_of_a_device_falls_with_its_share_of_the_batch():
-    """What a step needs beside the state: activations of 8, 32, 64 examples."""
+    """What a step needs beside the state: activations of 32 and 8 examples."""
     needed = {devices: compiled(devices, 5).memory_analysis() for devices in (2, 8)}
     temporary = {n: analysis.temp_size_in_bytes for n, analysis in needed.items()}
     examples = {n: analysis.argument_size_in_bytes for n, analysis in needed.items()}
@@ -114,6 +118,31 @@ def test_a_device_holds_an_eighth_of_a_sharded_state(sharded):
     )
     assert held < 0.15 * whole
     assert program.memory_analysis().argument_size_in_bytes < 0.2 * whole
+
+
+def test_a_feed_trains_a_sharded_state_as_a_replicated_one(tmp_path):
+    """And its checkpoint goes back to where it was."""
+    mesh, ends = parallel.device_mesh(), {}
+    dataset = data.Dataset(BATCH["image"], BATCH["label"], 4, "noise")
+    for axis in (parallel.AXIS, None):
+        objective = objectives.madry(pgd(THREAT, steps=2))
+        step = training.train_step(MODEL.apply, objective, OPTIMIZER, axis_name=axis)
+        state = state_of(MODEL)
+        specs = None if axis else parallel.shard_specs(state, mesh)
+        advance = feed.resident(step, dataset, key=KEY, batch_size=16, mesh=mesh, state_specs=specs)
+        start = parallel.place(state, mesh, specs)
+        ends[axis], _ = advance(start, 0, 0, 3)
+    many, one = ends[None], ends[parallel.AXIS]
+    assert not many.params["dense1"]["kernel"].is_fully_replicated
+    for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    with checkpoint.open_checkpoints(tmp_path, best_metric=None) as manager:
+        checkpoint.save(manager, many)
+        checkpoint.wait(manager)
+        restored = checkpoint.restore(manager, many)
+    for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(restored.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding
 
 
 def test_small_and_odd_arrays_stay_whole():

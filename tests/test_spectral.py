@@ -23,6 +23,11 @@ def normal(*shape):
 KERNEL, MATRIX = normal(3, 3, 2, 3), normal(5, 4)
 
 
+def at_once(function):
+    """The results of a function without arguments, compiled as one program."""
+    return jax.jit(function)()
+
+
 def all_norms(linear_map):
     norms = [operator_norm(linear_map, norm) for norm in (L1(), L2(), LInf())]
     return [*norms, frobenius_norm(linear_map)]
@@ -60,20 +65,21 @@ def test_norms_of_convolutions_are_those_of_their_matrices(name):
 
 
 def test_norms_of_dense_layers():
-    np.testing.assert_allclose(all_norms(dense_map(MATRIX)), expected_norms(MATRIX.T), rtol=1e-5)
-    diagonal = all_norms(dense_map(jnp.diag(jnp.array([3.0, -4.0]))))
+    matrices = MATRIX, jnp.diag(jnp.array([3.0, -4.0]))
+    norms, diagonal = at_once(lambda: [all_norms(dense_map(matrix)) for matrix in matrices])
+    np.testing.assert_allclose(norms, expected_norms(MATRIX.T), rtol=1e-5)
     np.testing.assert_allclose(diagonal, [4, 4, 4, 5], rtol=1e-6)
     assert operator_norm(dense_map(MATRIX.astype(jnp.bfloat16))).dtype == jnp.float32
 
 
 def test_a_stable_rank_is_one_for_rank_one_and_full_for_rotations():
-    rank_one = dense_map(jnp.outer(MATRIX[:, 0], MATRIX[0]))
-    np.testing.assert_allclose(stable_rank(rank_one), 1, rtol=1e-5)
-    rotation = dense_map(jnp.linalg.qr(normal(4, 4))[0])
-    np.testing.assert_allclose(stable_rank(rotation), 4, rtol=1e-5)
-    ranks = [stable_rank(dense_map(scale * MATRIX)) for scale in (1, 7)]
-    np.testing.assert_allclose(ranks, 2 * [expected_rank(MATRIX)], rtol=1e-5)
-    np.testing.assert_allclose(stable_rank(dense_map(jnp.diag(jnp.array([3.0, 4])))), 25 / 16)
+    rank_one, rotation = jnp.outer(MATRIX[:, 0], MATRIX[0]), np.linalg.qr(normal(4, 4))[0]
+    diagonal = jnp.diag(jnp.array([3.0, 4]))
+    matrices = rank_one, jnp.asarray(rotation), MATRIX, 7 * MATRIX, diagonal
+    ranks = at_once(lambda: [stable_rank(dense_map(matrix)) for matrix in matrices])
+    expected = [1, 4, expected_rank(MATRIX), expected_rank(MATRIX)]
+    np.testing.assert_allclose(ranks[:4], expected, rtol=1e-5)
+    np.testing.assert_allclose(ranks[4], 25 / 16)
 
 
 def test_the_zero_map_has_norm_zero_and_a_finite_derivative():
@@ -111,9 +117,9 @@ def test_power_iteration_gives_the_triple_of_the_largest_singular_value():
     np.testing.assert_allclose(right @ MATRIX, value * left, atol=1e-5)
     np.testing.assert_allclose([abs(left @ u[:, 0]), abs(right @ v[0])], 1, rtol=1e-6)
     # It starts again where it was: one step is then enough.
-    again = spectral.power_iteration(lambda x: x @ MATRIX, right, steps=1)
-    np.testing.assert_allclose(again.value, s[0], rtol=1e-6)
-    few = spectral.power_iteration(lambda x: x @ MATRIX, jnp.ones(5), steps=1).value
+    one = jax.jit(lambda x: spectral.power_iteration(lambda x: x @ MATRIX, x, steps=1).value)
+    np.testing.assert_allclose(one(right), s[0], rtol=1e-6)
+    few = one(jnp.ones(5))
     assert few <= s[0] * (1 + 1e-6)
 
 
@@ -124,14 +130,19 @@ def test_power_iteration_takes_pytrees_and_batches_of_maps():
         return {"out": v["a"] @ MATRIX + v["b"] @ other}
 
     start = {"a": jnp.ones(5), "b": jnp.ones(2)}
-    value, left, _ = spectral.power_iteration(linear_map, start)
+    kernels = jnp.stack([MATRIX, 2 * MATRIX[::-1]])
+
+    def largest(kernel):
+        return spectral.power_iteration(lambda x: x @ kernel, jnp.ones(5)).value
+
+    @jax.jit
+    def both(start):
+        return spectral.power_iteration(linear_map, start), jax.vmap(largest)(kernels)
+
+    (value, left, _), values = both(start)
     stacked = np.linalg.norm(np.concatenate([MATRIX, other]), 2)
     np.testing.assert_allclose(value, stacked, rtol=1e-5)
     assert left["out"].shape == (4,)
-    kernels = jnp.stack([MATRIX, 2 * MATRIX[::-1]])
-    values = jax.vmap(lambda k: spectral.power_iteration(lambda x: x @ k, jnp.ones(5)).value)(
-        kernels
-    )
     np.testing.assert_allclose(values, np.linalg.norm(kernels, 2, axis=(1, 2)), rtol=1e-5)
 
 
@@ -181,7 +192,7 @@ def test_lanczos_is_exact_when_its_space_is_exhausted():
     # A blur of two pixels: the space has two dimensions, the steps are fifty.
     blur = conv_map(jnp.ones((3, 1, 1, 1)), (2, 1))
     identity = dataclasses.replace(dense_map(jnp.eye(4)), matrix=None)
-    norms = jax.jit(lambda: (operator_norm(blur), operator_norm(identity, steps=3)))()
+    norms = at_once(lambda: (operator_norm(blur), operator_norm(identity, steps=3)))
     np.testing.assert_allclose(norms, [2, 1], rtol=1e-6)
 
 

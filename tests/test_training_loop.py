@@ -300,7 +300,7 @@ def test_evaluation_depends_neither_on_batches_nor_on_devices():
     params, _ = MODEL.init(KEY, jnp.zeros((1, 4, 4, 1)))
     attacks = {"fgsm": fgsm(THREAT), "pgd": pgd(ThreatModel(L2(), 0.3), steps=2, restarts=2)}
     results = []
-    for devices, batch_size in [(1, 44), (1, 16), (2, 6), (8, 24)]:
+    for devices, batch_size in [(1, 44), (2, 6), (8, 24)]:
         mesh = parallel.device_mesh(jax.devices()[:devices])
         evaluate = make_evaluator(MODEL.apply, attacks, mesh)
         batches = data.eval_batches(DATASET, batch_size)

@@ -1,5 +1,6 @@
 """The training step: against hand-written updates, on one device and on many."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from robustjax import data, models, parallel
+from robustjax import data, keys, models, parallel
 from robustjax.attacks import pgd
 from robustjax.losses import cross_entropy
 from robustjax.norms import L2, LInf
@@ -20,6 +21,7 @@ from robustjax.threat import ThreatModel
 from robustjax.training import (
     create_state,
     feed,
+    fit,
     several_resident_steps,
     several_steps,
     train_step,
@@ -49,8 +51,14 @@ class Normalized(nn.Module):
         return models.classify(nn.relu(x), K)
 
 
+def noise(logits_fn, key, x, y):
+    """In place of an attack: every example has its random numbers, and it compiles soon."""
+    return THREAT.sample(keys.as_per_example(key, len(x)), x)
+
+
 OBJECTIVES = {
     "standard": standard(),
+    "noise": madry(noise),
     "madry": madry(pgd(THREAT, steps=2)),
     "madry-l2": madry(pgd(ThreatModel(L2(), 0.5), steps=2)),
     "trades": trades(trades_attack(THREAT, steps=2)),
@@ -60,6 +68,14 @@ OPTIMIZERS = {
     "adam": optax.adam(1e-2),
     "sign_gd": sign_gd(1e-2),
 }
+
+
+@functools.cache
+def single_step(objective, optimizer="sgd", augment=None):
+    """The step on one device, compiled once for all tests that take it."""
+    return jax.jit(
+        train_step(MLP.apply, OBJECTIVES[objective], OPTIMIZERS[optimizer], augment=augment)
+    )
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -75,7 +91,7 @@ def fresh(optimizer=OPTIMIZERS["sgd"], params=PARAMS):
 
 
 def test_standard_step_is_the_update_by_hand():
-    step = jax.jit(train_step(MLP.apply, standard(), OPTIMIZERS["sgd"]))
+    step = single_step("standard")
     state, _ = step(fresh(), BATCH)
     state, metrics = step(state, BATCH)
 
@@ -83,39 +99,48 @@ def test_standard_step_is_the_update_by_hand():
         logits = MLP.apply(params, {}, BATCH["image"], True, None)[0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, BATCH["label"]).mean()
 
+    value_and_gradient = jax.jit(jax.value_and_grad(loss))
     params, velocity = PARAMS, jax.tree.map(jnp.zeros_like, PARAMS)
     for _ in range(2):
-        gradient = jax.grad(loss)(params)
+        value, gradient = value_and_gradient(params)
         norm = optax.tree.norm(gradient)
         gradient = jax.tree.map(lambda g, p: g + 5e-4 * p, gradient, params)
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
-        value, params = loss(params), jax.tree.map(lambda p, v: p - 0.1 * v, params, velocity)
+        params = jax.tree.map(lambda p, v: p - 0.1 * v, params, velocity)
     assert_trees_close(state.params, params, rtol=1e-5, atol=1e-7)
     assert int(state.step) == 2
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_objective_with_every_optimizer(objective, optimizer):
-    step = jax.jit(train_step(MLP.apply, OBJECTIVES[objective], OPTIMIZERS[optimizer]))
+# The gradient is all that goes from an objective to an optimizer: each is in a pair.
+@pytest.mark.parametrize(
+    "objective, optimizer",
+    [
+        *((name, "sgd") for name in ("standard", "madry", "madry-l2", "trades")),
+        ("madry", "adam"),
+        ("trades", "sign_gd"),
+    ],
+)
+def test_every_objective_and_every_optimizer_lower_the_loss(objective, optimizer):
+    step = single_step(objective, optimizer)
     state, first = step(fresh(OPTIMIZERS[optimizer]), BATCH)
     for _ in range(30):
         state, metrics = step(state, BATCH)
     assert float(metrics["loss"]) < float(first["loss"])
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-@pytest.mark.parametrize("objective", ["madry", "trades"])
+AUGMENT = data.crop_and_flip(1)
+
+
+@pytest.mark.parametrize("devices, objective", [(2, "madry"), (8, "madry"), (8, "trades")])
 def test_many_devices_make_the_step_of_one(devices, objective):
-    augment = data.crop_and_flip(1)
-    one = jax.jit(train_step(MLP.apply, OBJECTIVES[objective], OPTIMIZERS["sgd"], augment=augment))
+    one = single_step(objective, augment=AUGMENT)
     each = train_step(
         MLP.apply,
         OBJECTIVES[objective],
         OPTIMIZERS["sgd"],
-        augment=augment,
+        augment=AUGMENT,
         axis_name=parallel.AXIS,
     )
     mesh = parallel.device_mesh(jax.devices()[:devices])
@@ -138,9 +163,7 @@ def test_the_same_step_under_pmap():
     mapped = jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=(None, 0))
     batch = jax.tree.map(lambda x: x.reshape(8, N // 8, *x.shape[1:]), BATCH)
     state, _ = mapped(fresh(), batch)
-    expected, _ = jax.jit(train_step(MLP.apply, OBJECTIVES["madry"], OPTIMIZERS["sgd"]))(
-        fresh(), BATCH
-    )
+    expected, _ = single_step("madry")(fresh(), BATCH)
     assert_trees_close(state.params, expected.params, rtol=1e-4, atol=1e-6)
 
 
@@ -180,7 +203,7 @@ def test_a_model_of_another_kind_trains_and_is_attacked_as_well(make):
     assert losses[-1] < losses[0] - 0.05
     logits_fn = models.eval_logits(model_fn, state.params, state.model_state)
     x, y = BATCH["image"], BATCH["label"]
-    x_adv = pgd(THREAT, steps=5)(logits_fn, KEY, x, y)
+    x_adv = jax.jit(lambda x: pgd(THREAT, steps=5)(logits_fn, KEY, x, y))(x)
     assert bool(THREAT.contains(x_adv, x).all())
     assert float(cross_entropy(logits_fn(x_adv), y).mean()) > float(
         cross_entropy(logits_fn(x), y).mean()
@@ -225,7 +248,7 @@ def test_one_all_reduce_and_none_inside_the_attack(compiled_step):
 
 
 def test_several_steps_are_steps_in_a_row():
-    step = train_step(MLP.apply, OBJECTIVES["madry"], OPTIMIZERS["adam"])
+    step = train_step(MLP.apply, OBJECTIVES["noise"], OPTIMIZERS["adam"])
     rows = jnp.arange(24).reshape(3, 8)
     arrays = {"image": jnp.array(IMAGES), "label": jnp.array(LABELS)}
     batches = [data.take(arrays, row) for row in rows]
@@ -244,10 +267,9 @@ def test_several_steps_are_steps_in_a_row():
     assert_trees_close(without_key(resident), without_key(at_once), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_resident_and_streamed_data_train_alike(devices):
-    mesh = parallel.device_mesh(jax.devices()[:devices])
-    step = train_step(MLP.apply, OBJECTIVES["madry"], OPTIMIZERS["sgd"], axis_name=parallel.AXIS)
+def test_resident_and_streamed_data_train_alike():
+    mesh = parallel.device_mesh(jax.devices()[:4])
+    step = train_step(MLP.apply, OBJECTIVES["noise"], OPTIMIZERS["sgd"], axis_name=parallel.AXIS)
     order = np.concatenate([data.epoch_batches(KEY, epoch, 40, 8) for epoch in (0, 1)])
     arrays = {"image": jnp.array(IMAGES), "label": jnp.array(LABELS)}
 
@@ -275,7 +297,7 @@ def test_a_scheduled_objective_sees_the_step():
     """With a radius of 0 up to step 2 it is standard training up to there, and not after."""
     radius = optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(0.3)], [2])
     warm = scheduled(lambda eps: madry(pgd(ThreatModel(LInf(), eps), steps=2)), radius)
-    plain = jax.jit(train_step(MLP.apply, standard(), OPTIMIZERS["sgd"]))
+    plain = single_step("standard")
     grown = jax.jit(train_step(MLP.apply, warm, OPTIMIZERS["sgd"]))
     a, b, gaps = fresh(), fresh(), []
     for _ in range(3):
@@ -291,7 +313,11 @@ def test_batch_statistics_are_averaged_or_synchronised():
     brightness = jnp.where(jnp.arange(N) < N // 2, 1.0, 0.2)  # the halves differ
     batch = {**BATCH, "image": BATCH["image"] * brightness[:, None, None, None]}
 
-    def states(axis_name):
+    plain = models.from_linen(Normalized())
+    start = create_state(*jax.jit(plain.init)(KEY, BATCH["image"]), optax.sgd(0.1), KEY)
+    single, _ = jax.jit(train_step(plain.apply, standard(), optax.sgd(0.1)))(start, batch)
+
+    def on_two_devices(axis_name):
         model = models.from_linen(Normalized(axis_name=axis_name))
         mesh = parallel.device_mesh(jax.devices()[:2])
         step = train_step(model.apply, standard(), optax.sgd(0.1), axis_name=parallel.AXIS)
@@ -301,18 +327,15 @@ def test_batch_statistics_are_averaged_or_synchronised():
             in_specs=(parallel.REPLICATED, parallel.SPLIT),
             out_specs=(parallel.REPLICATED, parallel.REPLICATED),
         )
-        plain = models.from_linen(Normalized())
-        start = create_state(*plain.init(KEY, BATCH["image"]), optax.sgd(0.1), KEY)
-        single, _ = jax.jit(train_step(plain.apply, standard(), optax.sgd(0.1)))(start, batch)
         many, _ = mapped(parallel.replicate(start, mesh), parallel.split(batch, mesh))
         copies = [shard.data for shard in jax.tree.leaves(many.model_state)[0].addressable_shards]
         np.testing.assert_array_equal(copies[0], copies[1])
-        return single, many
+        return many
 
-    single, synchronised = states(parallel.AXIS)
+    synchronised = on_two_devices(parallel.AXIS)
     assert_trees_close(synchronised.params, single.params, rtol=1e-3, atol=1e-5)
     assert_trees_close(synchronised.model_state, single.model_state, rtol=1e-3, atol=1e-5)
-    single, separate = states(None)
+    separate = on_two_devices(None)
     gaps = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()), separate.model_state, single.model_state
     )
@@ -320,8 +343,55 @@ def test_batch_statistics_are_averaged_or_synchronised():
 
 
 def test_trained_states_need_one_gradient_of_every_parameter():
-    step = jax.jit(train_step(MLP.apply, OBJECTIVES["madry"], OPTIMIZERS["sgd"]))
-    state, metrics = step(fresh(), BATCH)
+    state, metrics = single_step("madry")(fresh(), BATCH)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, PARAMS)
     assert all(jax.tree.leaves(moved))
     assert float(metrics["grad_norm"]) > 0
+
+
+def test_streamed_integers_become_the_same_floats_on_the_device():
+    """The same bits, whether the host or the device makes uint8 images float32."""
+
+    def step(state, batch):
+        return state._replace(step=state.step + 1), {"grad_norm": 0.0, "seen": batch["image"]}
+
+    mesh, seen, dtypes = parallel.device_mesh(jax.devices()[:1]), [], []
+    for to_float in (True, False):
+
+        def batches_from(start, to_float=to_float):
+            for batch in data.host_batches(
+                DATASET, batch_size=8, seed=0, start_step=start, to_float=to_float, num_threads=0
+            ):
+                dtypes.append(batch["image"].dtype)
+                yield batch
+
+        advance = feed.streamed(step, batches_from, steps_per_epoch=5, mesh=mesh)
+        _, metrics = advance(parallel.replicate(fresh(), mesh), 0, 0, 2)
+        seen.append(np.asarray(metrics["seen"]))
+    assert dtypes == [np.float32] * 2 + [np.uint8] * 2
+    assert seen[1].dtype == np.float32
+    np.testing.assert_array_equal(*seen)
+
+
+def test_the_next_batches_are_placed_before_the_last_steps_are_waited_for():
+    events = []
+    mesh = parallel.device_mesh(jax.devices()[:1])
+    step = train_step(MLP.apply, standard(), OPTIMIZERS["sgd"], axis_name=parallel.AXIS)
+
+    def batches_from(start):
+        for batch in data.host_batches(DATASET, batch_size=8, seed=0, start_step=start):
+            events.append("read")
+            yield batch
+
+    advance = feed.streamed(step, batches_from, steps_per_epoch=5, mesh=mesh)
+    fit(
+        parallel.replicate(fresh(), mesh),
+        advance,
+        epochs=1,
+        steps_per_epoch=5,
+        dispatch=2,
+        on_dispatch=lambda step, metrics: events.append(step),
+    )
+    # Two dispatches of two steps and one of one; the metrics of one come after the reading of the
+    # next one.
+    assert events == ["read"] * 4 + [2] + ["read"] + [4, 5]

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +156,8 @@ def host_batches(
     checks.integer("start_step", start_step)
     checks.integer("num_threads", num_threads)
     checks.integer("prefetch", prefetch, at_least=num_threads)
+
+    import grain  # here, for it takes long, and data that live on the device do without
 
     # grain draws the order: random access to a permutation that is never stored.
     order = grain.MapDataset.range(n).seed(seed).shuffle()[: per_epoch * batch_size].repeat()

@@ -33,6 +33,7 @@ def open_checkpoints(
     best_mode: str = "max",
     keep_best: int = 1,
     keep_last: int = 2,
+    read_only: bool = False,
 ) -> ocp.CheckpointManager:
     """An orbax manager that keeps the best checkpoints by a metric and the last ones.
 
@@ -43,8 +44,10 @@ def open_checkpoints(
       best_mode: ``"max"`` or ``"min"``.
       keep_best: best checkpoints kept, ``>= 1``.
       keep_last: last checkpoints kept, ``>= 1``.
+      read_only: nothing is written, moved or tidied up: a run may be writing there.
 
-    A checkpoint whose metric cannot be read is damaged, and set aside as by ``restore_latest``.
+    A checkpoint whose metric is missing or no JSON is damaged, and set aside as by
+    ``restore_latest``, unless ``read_only``.
 
     Raises:
       ValueError: an argument is out of range, the directory cannot be written, or what is in it
@@ -54,10 +57,16 @@ def open_checkpoints(
     checks.integer("keep_best", keep_best, at_least=1)
     checks.integer("keep_last", keep_last, at_least=1)
     directory = Path(directory).absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"directory {directory} cannot be written: {error.strerror}") from error
+    if read_only:
+        if not directory.is_dir():
+            raise ValueError(f"directory must hold checkpoints, got {directory}, which is none")
+    else:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"directory {directory} cannot be written: {error.strerror}"
+            ) from error
 
     def score(metrics: dict[str, float]) -> float:
         checks.fields("metrics", metrics, (best_metric,))
@@ -65,7 +74,8 @@ def open_checkpoints(
 
     kept = [preservation_policy.LatestN(keep_last)]
     if best_metric is not None:
-        _set_aside_without_metric(directory, best_metric)
+        if not read_only:
+            _set_aside_without_metric(directory)
         kept.append(
             preservation_policy.BestN(get_metric_fn=score, reverse=best_mode == "min", n=keep_best)
         )
@@ -73,7 +83,9 @@ def open_checkpoints(
         best_fn=None if best_metric is None else score,
         best_mode=best_mode,
         preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not read_only,
     )
     # The handler that reads and writes is named, so that it can also tell what a checkpoint holds.
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -81,7 +93,11 @@ def open_checkpoints(
     for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
         registry.add("default", args, handler)
     try:
-        return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+        manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+        # It would ask JAX with the numbers of training steps whether the run has been told to end,
+        # and so move the meeting point on which ``interruption.watch`` relies.
+        manager.reached_preemption = lambda step: False
+        return manager
     except Exception as error:
         raise ValueError(f"checkpoints in {directory} are damaged: {_reason(error)}") from error
 
@@ -104,13 +120,19 @@ def save(
     """Starts to save the state under its step; returns before it is on disk.
 
     Raises:
-      ValueError: it, or the one before it, cannot be written; those that are there stay.
+      ValueError: it, or the one before it, cannot be written, or there is one of this step or a
+        later one; those that are there stay.
     """
     # A copy, since the background writer may still read when the next step reuses the buffers of
     # its donated state.
     stored = jax.tree.map(jnp.copy, _storable(state))
     with _writing(manager):
-        manager.save(int(state.step), args=ocp.args.StandardSave(stored), metrics=metrics)
+        saved = manager.save(int(state.step), args=ocp.args.StandardSave(stored), metrics=metrics)
+    if not saved:
+        raise ValueError(
+            f"step must be after {manager.latest_step()}, which {manager.directory} holds, got "
+            f"{int(state.step)}"
+        )
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
@@ -160,14 +182,20 @@ def restore(
     )
     sums = jax.ShapeDtypeStruct((len(jax.tree.leaves(template)),), jnp.uint32, sharding=replicated)
     template = Stored(*template, sums)
+    failed = None
     try:
         stored = manager.restore(step, args=ocp.args.StandardRestore(template))
     except Exception as error:
+        failed = error
         _forget_silently()
+    # All processes of a run go on, or none.
+    if parallel.gathered(np.array([failed is not None])).any():
+        why = "another process cannot read it"
+        if failed is not None:
+            why = _mismatch(manager, step, template) or _reason(failed)
         raise ValueError(
-            f"checkpoint {manager.directory}/{step} is damaged or of another model: "
-            f"{_mismatch(manager, step, template) or _reason(error)}"
-        ) from error
+            f"checkpoint {manager.directory}/{step} is damaged or of another model: {why}"
+        ) from failed
     *fields, sums = stored
     stored = TrainState(*fields)
     if not np.array_equal(parallel.to_host(sums), parallel.to_host(_check_sums(stored))):
@@ -208,33 +236,58 @@ def restore_latest(
     return None
 
 
+def restore_best(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
+    """The best state that can be read; better ones that cannot are set aside.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    failures = []
+    while (step := manager.best_step()) is not None:
+        try:
+            return restore(manager, like, step=step)
+        except ValueError as error:
+            failures.append(error)
+            _set_aside(manager.directory, step, str(error))
+            manager.reload()
+    raise ValueError(f"no checkpoint in {manager.directory} can be read") from (
+        failures[0] if failures else None
+    )
+
+
 def _set_aside(directory: os.PathLike, step: int, reason: str) -> None:
     """Moves a damaged checkpoint out of the way and says so; all processes of a run call it."""
-    directory = Path(directory)
-    folder = directory.with_name(directory.name + "-damaged")
     if jax.process_index() == 0:
-        folder.mkdir(exist_ok=True)
-        target = folder / str(step)
-        if target.exists():
-            shutil.rmtree(target)
-        (directory / str(step)).rename(target)
-        print(f"warning: {reason}; moved to {target}", file=sys.stderr, flush=True)
+        _move_away(Path(directory), step, reason)
+    _meet(f"set aside {directory}/{step}")
+
+
+def _set_aside_without_metric(directory: Path) -> None:
+    # The first process looks: another one might find the folder before or after the move.
+    if jax.process_index() == 0:
+        for folder in sorted(directory.iterdir()):
+            if not folder.name.isdigit():
+                continue
+            try:
+                json.loads((folder / "metrics" / "metrics").read_text())
+            except (FileNotFoundError, ValueError) as error:
+                reason = f"checkpoint {folder} is damaged: {_reason(error)}"
+                _move_away(directory, int(folder.name), reason)
+    _meet(f"looked through {directory}")
+
+
+def _move_away(directory: Path, step: int, reason: str) -> None:
+    target = directory.with_name(directory.name + "-damaged") / str(step)
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    (directory / str(step)).rename(target)
+    print(f"warning: {reason}; moved to {target}", file=sys.stderr, flush=True)
+
+
+def _meet(where: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"set aside {directory}/{step}")
-
-
-def _set_aside_without_metric(directory: Path, metric: str) -> None:
-    for folder in sorted(directory.iterdir()):
-        path = folder / "metrics" / "metrics"
-        if not folder.name.isdigit():
-            continue
-        try:
-            found = json.loads(path.read_text())
-            checks.fields(str(path), found, (metric,))
-        except (OSError, ValueError) as error:
-            _set_aside(
-                directory, int(folder.name), f"checkpoint {folder} is damaged: {_reason(error)}"
-            )
+        multihost_utils.sync_global_devices(where)
 
 
 def _forget_silently() -> None:

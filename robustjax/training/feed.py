@@ -2,7 +2,9 @@
 
 Both give ``advance(state, epoch, first, count) -> (state, metrics)`` for ``robustjax.training.fit``
 and make one global batch of a step the same whatever the number of devices and hosts. The state
-that ``advance`` is given is donated: go on with the one that it returns.
+that ``advance`` is given is donated: go on with the one that it returns. ``advance`` does not wait
+for the devices, and ``fit`` calls it for the next dispatch before it waits for the last one: what
+the next steps need is read and on its way while the devices work.
 
 A step whose loss or gradient is not finite is not taken: ``nonfinite="stop"`` leaves the state as
 it was before that step for the rest of the run, which ``fit`` then ends, ``"skip"`` goes on without
@@ -104,7 +106,8 @@ def streamed(
     Args:
       step: training step built with ``axis_name=parallel.AXIS``.
       batches_from: ``batches_from(step)`` iterates over this host's shares of the global batches
-        from a step on, as ``robustjax.data.host_batches`` does with ``start_step``.
+        from a step on, as ``robustjax.data.host_batches`` does with ``start_step``. Images in
+        uint8 take a quarter of float32's way to the device, where they become the same floats.
       steps_per_epoch: to count steps over the run.
       mesh: devices.
       replays: as for ``resident``; ``batches_from`` counts minibatches.
@@ -118,7 +121,14 @@ def streamed(
     checks.function("batches_from", batches_from)
     checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
     checks.integer("replays", replays, at_least=1)
-    several = several_steps(guarded_step(step, nonfinite=nonfinite))
+    guarded = guarded_step(step, nonfinite=nonfinite)
+
+    def as_floats(state, numbered):
+        number, batch = numbered
+        batch = {k: data.as_float(v) if k == "image" else v for k, v in batch.items()}
+        return guarded(state, (number, batch))
+
+    several = several_steps(as_floats)
     steps = _compiled(
         lambda state, rows: several(state, (rows["step"], rows["batch"])), mesh, state_specs
     )

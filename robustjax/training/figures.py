@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 
 
@@ -25,7 +24,7 @@ def training_curves(
                 series.setdefault((record["split"], name), []).append(
                     (record["step"], float(value))
                 )
-    figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
+    figure = _figure(9, 3.5)
     losses, accuracies = figure.subplots(1, 2)
     for (split, name), points in sorted(series.items()):
         if name == "loss":
@@ -60,7 +59,7 @@ def image_panel(
       title: title of the figure.
     """
     n = len(panel["label"])
-    figure = matplotlib.figure.Figure(figsize=(1.2 * n + 0.8, 4.4), layout="constrained")
+    figure = _figure(1.2 * n + 0.8, 4.4)
     rows = figure.subplots(3, n, squeeze=False)
     delta = panel["adversarial"] - panel["image"]
     largest = max(float(np.abs(delta).max()), 1e-12)
@@ -79,3 +78,10 @@ def image_panel(
                 axes.set_title(f"{predicted[index]}", color="green" if right else "red", fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float) -> Any:
+    # Imported when it is wanted, at the end of a run, not before its first step.
+    import matplotlib.figure
+
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")

@@ -14,6 +14,11 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75
 
 
+# Counts the questions of the whole process: JAX remembers the last number of each process, and lets
+# all of them stop at the first number that none has asked yet.
+_ASKED = itertools.count(1)
+
+
 class Interrupted(Exception):
     """A run was told to end, and has saved its state."""
 
@@ -30,9 +35,7 @@ def watch() -> Iterator[Callable[[int], bool]]:
     no.
     """
     if jax.process_count() > 1:
-        # They agree on the first question that none has asked yet, so questions are counted.
-        asked = itertools.count(1)
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(asked))
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_ASKED))
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
@@ -42,4 +45,5 @@ def watch() -> Iterator[Callable[[int], bool]]:
     try:
         yield lambda step: told.is_set()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # None: not installed from Python, and not to be put back from it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -107,6 +107,10 @@ def fit(
         pending = (step, metrics)
         if step % steps_per_epoch == 0:
             pass_on()
+            if int(state.step) != step:
+                raise ValueError(
+                    f"advance must count steps as fit does, which is at {step}, got {state.step}"
+                )
             on_epoch(epoch + 1, state)
         on_state(step, state)
         if should_stop(step):

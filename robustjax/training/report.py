@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from robustjax import checks
 
@@ -30,9 +30,16 @@ def is_writer() -> bool:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON in one step: an interrupted write leaves the old file as it was."""
-    path = Path(path)
+    _replace(Path(path), json.dumps(_plain(value), indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also if the power fails."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_plain(value), indent=2) + "\n")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -58,10 +65,23 @@ def open_workdir(
       ValueError: the folder cannot be written, holds something that is no run of ours, holds a run
         and ``resume`` is off, or its run has other settings.
     """
-    workdir = Path(workdir)
-    if not is_writer():  # it would race with the one that makes the folder
-        return workdir
-    config = _plain(dict(config))
+    workdir, refused = Path(workdir), None
+    if is_writer():
+        try:
+            _enter(workdir, _plain(dict(config)), resume, may_change)
+        except (ValueError, OSError) as error:
+            refused = error
+    if jax.process_count() > 1:
+        # The others wait until the folder is there, and end if it is refused.
+        any_refused = multihost_utils.broadcast_one_to_all(np.int32(refused is not None))
+        if any_refused and not is_writer():
+            raise ValueError(f"workdir {workdir} was refused by process 0, which says why")
+    if refused is not None:
+        raise refused
+    return workdir
+
+
+def _enter(workdir: Path, config: dict[str, Any], resume: bool, may_change: Sequence[str]) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".probe"
@@ -91,7 +111,6 @@ def open_workdir(
                     f"got {name}={checks.shown(config.get(name))}"
                 )
     write_json(path, config)
-    return workdir
 
 
 class MetricsWriter:
@@ -104,21 +123,17 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, from_step: int = 0):
-        self._lines = None
+        self._lines = self._events = None
+        self._folder, self._purge = Path(workdir) / "tensorboard", from_step + 1
         if not is_writer():
             return
         path = Path(workdir) / METRICS
         kept = [r for r in read_metrics(workdir) if r["step"] <= from_step]
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            partial.replace(path)
+            _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._lines = path.open("a")
         except OSError as error:
             raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}") from error
-        self._events = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=from_step + 1, flush_secs=30
-        )
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """One record: ``{"step": ..., "split": ..., name: value, ...}``.
@@ -129,16 +144,58 @@ class MetricsWriter:
             return
         self._lines.write(json.dumps({"step": step, "split": split, **_plain(values)}) + "\n")
         self._lines.flush()
+        if self._events is None:
+            # It imports PyTorch where that is installed. That takes seconds, in which the devices
+            # work on the next dispatch by now.
+            self._events = _Events(self._folder, self._purge)
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", float(value), step)
+            self._events.write(f"{split}/{name}", float(value), step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._events.close()
+        try:
+            if self._lines is not None:
+                self._lines.close()
+        finally:
+            if self._events is not None:
+                self._events.close()
+
+
+class _Events:
+    """TensorBoard events, written without the library's thread: on a full disk it would wait.
+
+    Args:
+      folder: where they go.
+      purge_step: from which step on those of earlier files do not count.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._writer, self._flushed = EventsWriter(str(folder / "events")), time.monotonic()
+        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, tag: str, value: float, step: int) -> None:
+        """Adds a scalar; at most half a minute later it is in the file."""
+        from tensorboardX.summary import scalar
+
+        self._add(step, summary=scalar(tag, value))
+        if time.monotonic() > self._flushed + 30:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -118,14 +118,14 @@ def _mean_over_devices(tree: Any, axis_name: str) -> Any:
 
 
 def guarded_step(step: Step, *, nonfinite: str = "stop") -> Step:
-    """``step`` for numbered batches, that does not take a step into NaN or infinity.
+    """``step`` for numbered batches, not taken from a loss or gradient that is not finite.
 
     Args:
       step: one training step; a step is taken if its ``loss`` (where there is one) and its
         ``grad_norm`` are finite.
       nonfinite: ``"stop"``: the state stays what it was before the step that failed, and so it does
         in all later steps, whose numbers it does not reach any more. ``"skip"``: the state stays
-        what it was, but is counted on.
+        what it was, but is counted on (schedules of the optimizer count the steps taken).
 
     Returns:
       ``step(state, (number, batch)) -> (state, metrics)``: ``number`` is the step at which the

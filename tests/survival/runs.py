@@ -39,7 +39,7 @@ class Run:
         self._printed, (reading, writing) = [], _context.Pipe(duplex=False)
         words = (*FLAGS, *words)
         self._process = _context.Process(
-            target=_child, args=(words, writing, privileged, dict(environment))
+            target=_child, args=(words, writing, privileged, dict(environment)), daemon=True
         )
         self._process.start()
         writing.close()
