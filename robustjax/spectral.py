@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from robustjax import checks, keys
@@ -159,7 +160,7 @@ def top_hessian_eigenpair(
 
 def _checked_start(start: Vector) -> Vector:
     known = all(checks.is_known(leaf) for leaf in jax.tree.leaves(start))
-    if known and not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(start)):
+    if known and not any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(start)):
         raise ValueError("start must not be zero, got a vector of all zeros")
     return start
 

@@ -256,41 +256,34 @@ def read_only(place: Place) -> Outcome:
 
 def one_of_two_killed(place: Place) -> Outcome:
     """One process of two is killed: the other ends with an error; both go on together again."""
-    workdir, short = place.folder / "pair", ("--epochs=3", "--save_every=6", "--resume")
+    workdir, undisturbed = place.folder / "pair", place.folder / "undisturbed_pair"
 
-    def pair():
-        hosts = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2")
-        return [
-            place.start(workdir, *short, *hosts, f"--process_id={i}", "--heartbeat_timeout=10")
-            for i in range(2)
-        ]
+    def pair(folder):
+        words = ("--epochs=3", "--save_every=6", "--resume", "--num_processes=2",
+                 f"--coordinator_address=127.0.0.1:{free_port()}",
+                 "--heartbeat_timeout=10")  # fmt: skip
+        return [place.start(folder, *words, f"--process_id={i}") for i in range(2)]
 
     for victim in range(2):
-        runs = pair()
+        runs = pair(workdir)
         wait_until(
             lambda victim=victim: max(checkpoints(workdir), default=0) >= (1 + victim) * STEPS
         )
         newest = max(checkpoints(workdir))
         runs[victim].signal(signal.SIGKILL)
-        began = time.monotonic()
-        code = runs[1 - victim].wait(60)
-        assert time.monotonic() - began < 60
-        assert code != 0
+        assert runs[1 - victim].wait(60) != 0
         said = runs[1 - victim].printed()
         assert "another process of this run has stopped" in said or "another task died" in said
         assert max(checkpoints(workdir)) >= newest
         runs[victim].wait()
     # Told to end, both do so at the same step.
-    runs = pair()
+    runs = pair(workdir)
     wait_until(lambda: "parameters" in runs[0].printed())
     runs[1].signal(signal.SIGTERM)
     assert [run.wait() for run in runs] == [EXIT_TOLD_TO_END] * 2, runs[0].printed()
-    runs = pair()
-    assert [run.wait() for run in runs] == [0, 0], runs[0].printed()
-    undisturbed = place.folder / "two_devices"
-    # Two devices in all here too, so that sums are made in the same order.
-    run = place.start(undisturbed, *short, environment={"JAX_NUM_CPU_DEVICES": "2"})
-    assert run.wait() == 0, run.printed()
+    for folder in (workdir, undisturbed):
+        runs = pair(folder)
+        assert [run.wait() for run in runs] == [0, 0], runs[0].printed()
     assert outcome(workdir) == outcome(undisturbed)
     return Outcome("one of two processes killed, or told to end", 3, "")
 
