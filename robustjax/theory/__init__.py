@@ -24,11 +24,13 @@
   and ``random_network_alignment`` (lemma 2) with ``network_input_gradient``,
   ``single_filter_alignment``, ``activation_bound``, ``grad_align_weight``
 - ``squares``: why squares; ``max_windows``, ``count_windows``, ``mean_response``
+- ``trade_offs``: accuracy against robustness, and how many examples each needs; ``FeatureWorld``,
+  ``stripe_errors``, ``gaussian_errors``, ``half_space_error``
 - ``trust_region``: ``quadratic_maximum`` over a ball and what SOAR bounds it by,
   ``augmented_hessian``, ``augmented_bound``, ``expected_product_norm``
 
 The regressions, ``linear_networks``, ``max_margin``, ``robust_classifiers``, ``saddle_point``,
-``sign_descent`` and ``sign_regions`` are used by their modules,
+``sign_descent``, ``sign_regions`` and ``trade_offs`` are used by their modules,
 ``theory.linear_regression.risk``; all other names are here too.
 """
 
@@ -42,6 +44,7 @@ from robustjax.theory import (
     saddle_point,
     sign_descent,
     sign_regions,
+    trade_offs,
 )
 from robustjax.theory.clipped_gradients import (
     DescentTrace,
@@ -127,5 +130,6 @@ __all__ = [
     "simulate_descent",
     "single_filter_alignment",
     "sphere_constants",
+    "trade_offs",
     "variance_bound",
 ]
