@@ -197,9 +197,9 @@ def sample_mean_errors(
 
 
 def half_space_error(radius: float, *, offset: float = 0.0, lipschitz: float = 1.0) -> float:
-    """How likely a point is within a radius of the boundary ``{z : v.z = offset}``, ``||v||_2 = 1``.
+    """How likely a point is within a radius of the boundary ``v.z = offset``, ``v`` of length 1.
 
-    """How likely a point is within a radius of the boundary ``{z : v.z = offset}``, ``v`` of length 1.
+    For ``z ~ N(0, I)`` the distance is ``|N(0, 1) - offset|`` in every dimension:
     ``Phi(offset + r) - Phi(offset - r)``. If inputs are ``x = g(z)`` with a Lipschitz generator, a
     perturbation of ``x`` of the given size is enough where one of ``z`` of size
     ``radius / lipschitz`` is.
