@@ -12,7 +12,7 @@ demo: .venv/runtime.stamp
 	$(BIN)/python -m experiments.adversarial_training --preset=small --resume
 
 test: .venv/dev.stamp lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
