@@ -1,8 +1,9 @@
 """Tables of groups of runs, printed so that nothing is cut off, and as Markdown."""
 
-import shutil
 import textwrap
 from collections.abc import Sequence
+
+from rich.console import Console
 
 from robustjax.training import report
 
@@ -93,4 +94,5 @@ def _without_repeats(rows: Sequence[Row], columns: int) -> list[list[str]]:
 
 
 def _available() -> int:
-    return shutil.get_terminal_size((160, 24)).columns  # as report.print_table
+    console = Console()
+    return console.width if console.is_terminal else 160  # as report.print_table

@@ -235,8 +235,8 @@ class _Polar(NamedTuple):
 
 
 def _polar(v: Any, batch_ndim: int) -> _Polar:
-    v = jnp.asarray(v)
     spatial_axes("v", v, batch_ndim)
+    v = jnp.asarray(v)
     if not jnp.issubdtype(v.dtype, jnp.floating):
         raise ValueError(f"v must be floating-point, got {v.dtype}")
     wide = v.astype(lp.wide(v.dtype))

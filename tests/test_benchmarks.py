@@ -338,6 +338,7 @@ def test_a_quick_run_of_the_input_pipeline(tmp_path, capsys):
 def test_the_first_step_comes_without_heavy_imports_and_from_the_cache(tmp_path, monkeypatch):
     flags = "--objective=standard --dataset=digits --model=linear --dispatch=1 --batch_size=96"
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     found = compilation_cache.started([*flags.split(), f"--workdir={tmp_path / 'run'}"])
     assert found["heavy"] == []
     assert found["programs"] > found["read"] == 0

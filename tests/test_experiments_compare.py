@@ -263,7 +263,7 @@ def test_a_table_that_is_too_wide_is_printed_in_parts(capsys, monkeypatch):
     rows = [["1", "madry", "8/255", "3", which, *2 * ["53 ± 3.6 [50, 57]"]] for which in "ab"]
 
     def lines(width):
-        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(compare_tables, "_available", lambda: width)
         compare_tables.print_groups("Runs", columns, rows, of_group=4)
         return capsys.readouterr().out.splitlines()
 
