@@ -1,6 +1,6 @@
 """What the optimizer, the architecture and penalties do to robustness.
 
-  python -m experiments.implicit_robustness                 4 minutes on two cores
+  python -m experiments.implicit_robustness                 three minutes on two cores
   python -m experiments.implicit_robustness --study=sweep,fourier
   python -m experiments.implicit_robustness --preset=paper --study=sweep      the published grids
   python -m experiments.implicit_robustness --preset=paper --dry_run          builds, runs nothing
