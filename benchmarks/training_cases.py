@@ -133,7 +133,7 @@ class Run:
             eps=ATTACK["eps"],
             attack_step_size=ATTACK["step_size"],
             attack_steps=ATTACK["steps"],
-            learning_rate=1e-3,
+            learning_rate=1e-5,  # the losses of the peers stay those of the first weights
             schedule="constant",
             batch_size=case.batch_size,
         )

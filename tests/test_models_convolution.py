@@ -63,14 +63,17 @@ def operands(dtype=np.float32, n=2):
 
 
 # 5 positions by 8: odd and even, and a kernel of 5 has one position to go. Images of one channel
-# have lowerings of their own; those of two share that of the input gradient.
+# have lowerings of their own; those of two and three share that of the input gradient; from 16
+# examples, input and output channels on, all three maps have dilated rows.
 GEOMETRIES = [
-    *itertools.product([1, 2, 3, 5], [1, 2, 3], [1, 3]), (2, 3, 2), (3, 2, 2), (5, 1, 2)
+    *itertools.product([1, 2, 3, 5], [1, 2, 3], [(2, 1, 4), (2, 4, 4), (16, 16, 17)]),
+    (2, 3, (2, 2, 4)), (3, 2, (2, 3, 4)), (5, 1, (2, 3, 4)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel, stride, channels", GEOMETRIES)
-def test_values_and_gradients_are_those_of_autodiff(kernel, stride, channels):
+@pytest.mark.parametrize("kernel, stride, sizes", GEOMETRIES)
+def test_values_and_gradients_are_those_of_autodiff(kernel, stride, sizes):
+    examples, channels, filters = sizes
     paddings = ("SAME", "VALID", ((1, 1), (1, 1)), ((3, 0), (1, 2)))
 
     def values_and_gradients(conv, x, w):
@@ -82,8 +85,8 @@ def test_values_and_gradients_are_those_of_autodiff(kernel, stride, channels):
 
     with jax.enable_x64(True):
         x, w = (
-            jnp.asarray(normal(2, 5, 8, channels)),
-            jnp.asarray(normal(kernel, kernel, channels, 4)),
+            jnp.asarray(normal(examples, 5, 8, channels)),
+            jnp.asarray(normal(kernel, kernel, channels, filters)),
         )
         ours, plain = both(values_and_gradients, x, w)
     assert_trees_equal(ours, plain)
@@ -215,6 +218,18 @@ def penalise_gradient(f, x, w):
 
 def sharpen(f, x, w):
     return forward_over_reverse(f, x, w)
+
+
+def test_no_map_of_many_channels_is_left_to_one_core():
+    x, w = normal(16, 8, 8, 16, dtype=np.float32), normal(3, 3, 16, 32, dtype=np.float32)
+
+    def maps(x, w):
+        y, vjp = jax.vjp(lambda x, w: our_conv(x, w, (1, 1), "SAME"), x, w)
+        return y, vjp(y)
+
+    program = compiled(maps, x, w)
+    assert len(re.findall(r"window=.*lhs_dilate=2x1 rhs_dilate=2x1", program)) == 3
+    assert "ynn_fusion" not in program
 
 
 @pytest.mark.parametrize(

@@ -177,12 +177,13 @@ def _forward(
     rows, columns, channels, _ = kernel.shape
     if canonical and channels == 1 and rows * columns <= _FEW_TAPS:
         return _forward_by_taps(x, kernel, geometry)
-    return jax.lax.conv_general_dilated(
+    return _convolve(
         x,
         kernel,
-        geometry.strides,
-        geometry.padding,
-        dimension_numbers=(_IMAGES, _KERNELS, _IMAGES),
+        (_IMAGES, _KERNELS, _IMAGES),
+        canonical,
+        window_strides=geometry.strides,
+        padding=geometry.padding,
         precision=geometry.precision,
     )
 
@@ -218,9 +219,9 @@ def _input_gradient(
     )
 
 
-# XLA:CPU's convolution is slow where the images have one or two channels. The product of all taps
+# XLA:CPU's convolution is slow where the images have one to three channels. The product of all taps
 # of the kernel with all positions is two to four times as fast there.
-_FEW_TAPS, _FEW_CHANNELS = 16, 2
+_FEW_TAPS, _FEW_CHANNELS = 16, 3
 
 
 def _forward_by_taps(
@@ -303,17 +304,63 @@ def _extent(positions: int, stride: int) -> int:
 
 
 def _convolve(
-    lhs: Array, rhs: Array, axes: tuple[str, str, str], canonical: bool, **window: Any
+    lhs: Array,
+    rhs: Array,
+    axes: tuple[str, str, str],
+    canonical: bool,
+    *,
+    window_strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: tuple[int, int] = (1, 1),
+    rhs_dilation: tuple[int, int] = (1, 1),
+    precision: Any,
 ) -> Array:
     if not canonical:
-        return jax.lax.conv_general_dilated(lhs, rhs, dimension_numbers=axes, **window)
+        return jax.lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers=axes,
+            precision=precision,
+        )
+    lhs = lhs.transpose([axes[0].index(axis) for axis in _IMAGES])
+    rhs = rhs.transpose([axes[1].index(axis) for axis in _KERNELS])
+    if _leaves_cores_idle(lhs, rhs, lhs_dilation):
+        # Rows of zeros between the rows of both, and steps twice as long: the same sums, which
+        # XLA's other convolution skips the zeros of.
+        window_strides = (2 * window_strides[0], window_strides[1])
+        padding = ((2 * padding[0][0], 2 * padding[0][1]), padding[1])
+        lhs_dilation, rhs_dilation = (2, 1), (2 * rhs_dilation[0], rhs_dilation[1])
     out = jax.lax.conv_general_dilated(
-        lhs.transpose([axes[0].index(axis) for axis in _IMAGES]),
-        rhs.transpose([axes[1].index(axis) for axis in _KERNELS]),
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
         dimension_numbers=(_IMAGES, _KERNELS, _IMAGES),
-        **window,
+        precision=precision,
     )
     return out.transpose([_IMAGES.index(axis) for axis in axes[2]])
+
+
+# XLA:CPU (jaxlib 0.10) gives convolutions of more than 16 channels without dilated images to
+# YNNPACK, which puts one core to work up to about 96 channels, and the others to Eigen, which uses
+# all. With two cores Eigen takes 0.5 to 0.7 times as long there, and as long as YNNPACK beyond;
+# with a few channels, as of images, it is the slower one.
+_EIGEN_CHANNELS = 16
+
+
+def _leaves_cores_idle(lhs: Array, rhs: Array, lhs_dilation: tuple[int, int]) -> bool:
+    channels = (rhs.shape[2], rhs.shape[3])
+    return (
+        lhs_dilation == (1, 1)
+        and min(channels) >= _EIGEN_CHANNELS
+        and max(channels) > _EIGEN_CHANNELS
+    )
 
 
 def _primitive(
