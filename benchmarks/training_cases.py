@@ -43,6 +43,7 @@ class Size:
       sweeps: the networks.
       steps: training steps in a dispatch, by objective.
       dispatches: dispatches in a measurement.
+      host_dispatches: in that of what the host adds.
       rounds: measurements of each run.
       matrices: rows of the square matrices whose product is the peak.
       image_size: side of the images.
@@ -54,6 +55,7 @@ class Size:
     rounds: int
     matrices: tuple[int, ...]
     image_size: int = 32
+    host_dispatches: int = 100
 
 
 BATCHES = (128, 256, 512, 1024)
@@ -88,6 +90,7 @@ SIZES = {
         rounds=2,
         matrices=(64,),
         image_size=8,
+        host_dispatches=4,
     ),
 }
 
