@@ -289,12 +289,13 @@ def run_objective(
     results["seconds"] = round(time.monotonic() - began, 1)
     results["versions"] = {m.__name__: m.__version__ for m in (jax, flax, optax)}
     results["devices"] = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    variables = parallel.to_host((best.params, best.model_state))  # all processes take part
     if report.is_writer():
         figures.training_curves(
             report.read_metrics(workdir), workdir / "curves.png", title=f"{objective} training"
         )
         if len(facts.image_shape) == 3:
-            _panel(settings, objective, parts, best, splits["test"], test_key, workdir)
+            _panel(settings, objective, parts, variables, splits["test"], test_key, workdir)
         report.write_json(workdir / "results.json", results)
     return results
 
@@ -324,14 +325,13 @@ def _advance(settings, parts, train, key, mesh, state_specs):
     )
 
 
-def _panel(settings, objective, parts, state, test, key, workdir) -> None:
-    params, model_state = parallel.to_host((state.params, state.model_state))
+def _panel(settings, objective, parts, variables, test, key, workdir) -> None:
     # Spread over the set, which may be sorted by class.
     shown = [test[int(i)] for i in np.linspace(0, len(test) - 1, min(8, len(test)))]
     images = jnp.asarray(data.as_float(np.stack([example["image"] for example in shown])))
     labels = jnp.asarray([int(example["label"]) for example in shown], jnp.int32)
     attack = attacks.pgd(parts.threat, steps=settings.test_steps, step_size=parts.threat.eps / 4)
-    logits_fn = models.eval_logits(parts.exact_model.apply, params, model_state)
+    logits_fn = models.eval_logits(parts.exact_model.apply, *variables)
     panel = training.adversarial_panel(logits_fn, attack, key, images, labels)
     title = f"{objective}: PGD-{settings.test_steps}, {settings.norm}, eps = {settings.eps:.4g}"
     figures.image_panel(panel, workdir / "panel.png", title=title)

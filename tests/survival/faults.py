@@ -254,15 +254,29 @@ def read_only(place: Place) -> Outcome:
     return Outcome("folder is read-only", 2, "")
 
 
+def start_pair(place, workdir, *words, first_privileged=True, **options):
+    """Two processes of one run; the first may lack the right to write where nobody may."""
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    words = ("--epochs=3", "--num_processes=2", address, "--heartbeat_timeout=10", *words)
+    return [
+        place.start(
+            workdir, *words, f"--process_id={i}", privileged=first_privileged or i > 0, **options
+        )
+        for i in range(2)
+    ]
+
+
+def ends_of(pair):
+    """Exit codes of both."""
+    return [run.wait() for run in pair]
+
+
 def one_of_two_killed(place: Place) -> Outcome:
     """One process of two is killed: the other ends with an error; both go on together again."""
     workdir, undisturbed = place.folder / "pair", place.folder / "undisturbed_pair"
 
     def pair(folder):
-        words = ("--epochs=3", "--save_every=6", "--resume", "--num_processes=2",
-                 f"--coordinator_address=127.0.0.1:{free_port()}",
-                 "--heartbeat_timeout=10")  # fmt: skip
-        return [place.start(folder, *words, f"--process_id={i}") for i in range(2)]
+        return start_pair(place, folder, "--save_every=6", "--resume")
 
     for victim in range(2):
         runs = pair(workdir)
@@ -280,12 +294,57 @@ def one_of_two_killed(place: Place) -> Outcome:
     runs = pair(workdir)
     wait_until(lambda: "parameters" in runs[0].printed())
     runs[1].signal(signal.SIGTERM)
-    assert [run.wait() for run in runs] == [EXIT_TOLD_TO_END] * 2, runs[0].printed()
+    assert ends_of(runs) == [EXIT_TOLD_TO_END] * 2, runs[0].printed()
     for folder in (workdir, undisturbed):
         runs = pair(folder)
-        assert [run.wait() for run in runs] == [0, 0], runs[0].printed()
+        assert ends_of(runs) == [0, 0], runs[0].printed()
     assert outcome(workdir) == outcome(undisturbed)
     return Outcome("one of two processes killed, or told to end", 3, "")
+
+
+def pair_with_parameters_sharded(place: Place) -> Outcome:
+    """Both processes, each with parts of the parameters, are killed; they go on from the parts."""
+    workdir, undisturbed = place.folder / "sharded", place.folder / "undisturbed_sharded"
+
+    def pair(folder):
+        # 64 pixels by 256 units: as many parameters as are worth to be divided.
+        words = ("--parameters=sharded", "--width=256", "--save_every=6", "--resume")
+        return start_pair(place, folder, *words)
+
+    runs = pair(workdir)
+    wait_until(lambda: checkpoints(workdir))
+    for run in runs:
+        run.signal(signal.SIGKILL)
+    ends_of(runs)
+    for folder in (workdir, undisturbed):
+        runs = pair(folder)
+        assert ends_of(runs) == [0, 0], runs[0].printed()
+    assert outcome(workdir) == outcome(undisturbed)
+    return Outcome("two processes with sharded parameters killed", 1, "")
+
+
+def pair_meets_errors(place: Place) -> Outcome:
+    """What only the writing process can see, and what both see, ends both with the reason."""
+    parent = place.folder / "readonly_pair"
+    parent.mkdir(mode=0o555)
+    runs = start_pair(place, parent / "run", first_privileged=False)
+    assert ends_of(runs) == [1, 1], runs[0].printed()
+    assert f"workdir {parent}/run cannot be written: Permission denied" in runs[0].printed()
+    assert f"workdir {parent}/run was refused by process 0, which says why" in runs[1].printed()
+    assert not (parent / "run").exists()
+
+    workdir = place.folder / "exploded_pair"
+    words = ("--learning_rate=1e18", "--optimizer=sgd")
+    runs = start_pair(place, workdir, *words)
+    assert ends_of(runs) == [1, 1], runs[0].printed()
+    (record,) = network(workdir).glob("nonfinite/step-*.json")
+    found = json.loads(record.read_text())
+    for run in runs:
+        assert f"at step {found['step'] + 1} must be finite" in run.printed()
+    assert len(set(found["examples"])) == 100  # of the whole batch, not of one process's half
+    runs = start_pair(place, workdir, *words, "--resume", "--nonfinite=skip")
+    assert ends_of(runs) == [0, 0], runs[0].printed()
+    return Outcome("two processes: folder refused, loss not finite", 3, "")
 
 
 def cluster_mis_set(place: Place) -> Outcome:
@@ -307,4 +366,5 @@ def cluster_mis_set(place: Place) -> Outcome:
 
 
 FAULTS = (killed, killed_while_writing, told_to_end, damaged, not_finite, full_disk, read_only,
-          one_of_two_killed, cluster_mis_set)  # fmt: skip
+          one_of_two_killed, pair_with_parameters_sharded, pair_meets_errors,
+          cluster_mis_set)  # fmt: skip
