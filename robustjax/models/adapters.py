@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from robustjax import keys
@@ -105,14 +104,14 @@ def from_linen(module: nn.Module) -> Model:
     return Model(init, apply)
 
 
-def from_nnx(module: nnx.Module) -> tuple[Model, PyTree, PyTree]:
+def from_nnx(module: Any) -> tuple[Model, PyTree, PyTree]:
     """A Flax NNX module, called as ``module(x)``, that returns logits.
 
     The module is read once and never changed. Its mode is switched with ``train()`` and ``eval()``
     on a copy; its random streams restart from ``key`` at every call in training mode.
 
     Args:
-      module: an initialised module.
+      module: an initialised ``flax.nnx.Module``.
 
     Returns:
       ``(model, params, model_state)``: the ``nnx.Param`` variables, and all other variables but
@@ -123,6 +122,8 @@ def from_nnx(module: nnx.Module) -> tuple[Model, PyTree, PyTree]:
       ValueError: later, when the module draws random numbers and ``key`` is ``None`` in training
         mode, for a bad ``train`` or ``key``, or an output that is not ``(n, K)``.
     """
+    from flax import nnx  # takes longer to import than the rest of Flax, and few need it
+
     graph, params, streams, model_state = nnx.split(nnx.clone(module), nnx.Param, nnx.RngState, ...)
 
     def init(key: Any, x: Any) -> tuple[PyTree, PyTree]:
