@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments import command_line, trained_models
-from experiments.dry_run import described, dry_run
+from experiments.dry_run import dry_run
 from experiments.training_run import build, facts_of, load_split, run_objective, squared
 from experiments.training_settings import NOT_OF_THE_RUN, Settings
 from robustjax import checks
@@ -97,8 +97,6 @@ def train(settings: Settings) -> dict[str, Any]:
         own = report.open_workdir(
             workdir / objective, {**config, "objective": [objective]}, resume=settings.resume
         )
-        facts = facts_of(settings, splits["train"])
-        report.print_lines(*described(settings, objective, facts))
         results[objective] = run_objective(settings, objective, splits, own, start)
     if report.is_writer():
         report.write_json(workdir / "results.json", results)

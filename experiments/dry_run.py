@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import choices
-from experiments.training_run import Parts, build, facts_of, load_split
+from experiments import choices, training_cost
+from experiments.training_run import build, facts_of, load_split
 from experiments.training_settings import Settings
-from robustjax import checks, objectives, parallel, training
+from robustjax import checks, parallel, training
 from robustjax.training import report
 
 
@@ -64,23 +64,6 @@ def dry_run(settings: Settings) -> None:
     )
 
 
-def described(settings: Settings, objective: str, facts: choices.DataFacts) -> list[str]:
-    """What a run is going to do and on what, in lines, before it begins."""
-    found = cost(settings, objective, facts)
-    mesh = parallel.device_mesh()
-    hosts = jax.process_count()
-    epochs = f"{settings.epochs} epochs of {found.steps_per_epoch} steps"
-    return [
-        f"{objective}: {settings.model}, {found.parameters:,} parameters; {facts.train_size:,} "
-        f"training examples {'x'.join(map(str, facts.image_shape))}, batch {settings.batch_size}",
-        f"  {found.steps:,} steps ({epochs}), {found.flops:.2e} FLOPs a step, about "
-        f"{found.memory / 2**20:,.0f} MiB for the whole batch",
-        f"  {mesh.size} x {mesh.devices.flat[0].device_kind}"
-        + (f" of {hosts} hosts" if hosts > 1 else "")
-        + f", batch split into {mesh.size}, parameters {settings.parameters}",
-    ]
-
-
 def data_facts(settings: Settings) -> choices.DataFacts:
     """Shape and sizes of the training set after the hold-out, known or looked up."""
     if settings.dataset in choices.DATA_FACTS:
@@ -118,21 +101,8 @@ def cost(settings: Settings, objective: str, facts: choices.DataFacts) -> Cost:
         steps=settings.epochs * parts.steps_per_epoch,
         steps_per_epoch=parts.steps_per_epoch,
         flops=training.count_flops(step, state, per_device),
-        memory=training.tree_bytes((state, params))
-        + _outer_memory(parts, params, model_state, key, batch),
+        memory=training_cost.memory(parts, state, image.shape),
     )
-
-
-def _outer_memory(parts: Parts, params, model_state, key, batch) -> int:
-    """What the outer loss of a global batch keeps for its backward pass, in bytes."""
-    loss_fn = objectives.stages(parts.objective(parts.model.apply))
-
-    def mean_loss(params, model_state, key, batch):
-        return loss_fn.outer(params, model_state, key, batch)[0].mean()
-
-    batch = {**batch, "step": jax.ShapeDtypeStruct((), jnp.int32)}
-    attacked = jax.eval_shape(loss_fn.inner, params, model_state, key, batch)
-    return training.residual_bytes(mean_loss, params, model_state, key, attacked)
 
 
 def costs(jobs: Sequence[tuple[str, Settings]]) -> list[list[str]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import choices, fine_tuning, training_fit, training_measures
+from experiments import choices, fine_tuning, training_cost, training_fit, training_measures
 from experiments.training_settings import Settings
 from robustjax import (
     attacks,
@@ -227,22 +227,29 @@ def run_objective(
     facts = facts_of(settings, train)
     parts = build(settings, objective, facts)
     began = time.monotonic()
-    init_key, run_key, order_key, test_key = jax.random.split(jax.random.key(settings.seed), 4)
-    example = jnp.zeros((1, *facts.image_shape))
-    params, model_state = jax.jit(lambda key: parts.model.init(key, example))(init_key)
-    if start is not None:
-        params, model_state = {**params, **start[0]}, {**model_state, **start[1]}
-    fresh = training.create_state(
-        params, model_state, parts.optimizer, run_key, oracle=parts.oracle
-    )
+
+    @jax.jit  # one program: a start would wait for each small one
+    def begin(start):
+        init_key, run_key, *other_keys = jax.random.split(jax.random.key(settings.seed), 4)
+        params, model_state = parts.model.init(init_key, jnp.zeros((1, *facts.image_shape)))
+        if start is not None:
+            params, model_state = {**params, **start[0]}, {**model_state, **start[1]}
+        state = training.create_state(
+            params, model_state, parts.optimizer, run_key, oracle=parts.oracle
+        )
+        return state, other_keys
+
+    fresh, (order_key, test_key) = begin(start)
     specs = parallel.shard_specs(fresh, mesh) if settings.parameters == "sharded" else None
     fresh = parallel.place(fresh, mesh, specs)
     chosen_by = selection_metric(settings, objective)
+    advance = _advance(settings, parts, train, order_key, mesh, specs)
+    report.print_lines(*training_cost.described(settings, objective, facts, parts, fresh, advance))
     best, last = training_fit.fit_saved(
         settings,
         objective,
         fresh,
-        _advance(settings, parts, train, order_key, mesh, specs),
+        advance,
         training_measures.make_measure(
             settings,
             parts.objective,
@@ -268,7 +275,7 @@ def run_objective(
         evaluate_clean = training.make_evaluator(parts.exact_model.apply, {}, mesh)
     results: dict[str, Any] = {
         "objective": objective,
-        "parameters": training.parameter_count(params),
+        "parameters": training.parameter_count(best.params),
         "chosen_by": chosen_by,
         "test_examples": len(splits["test"]),
         "attacked_examples": len(attacked),

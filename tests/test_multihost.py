@@ -125,11 +125,11 @@ def assert_same_training(method, a, b):
 
 @pytest.mark.parametrize("method", runs.METHODS)
 def test_any_devices_and_hosts_train_the_same_network(method, two_processes):
-    """1, 2, 8 devices, and 2 of each of two processes, with synchronised statistics."""
+    """1, 2, 4, 8 devices, and 2 of each of two processes, with synchronised statistics."""
     own = [found[f"{method}/synchronised"] for found in two_processes]
     np.testing.assert_array_equal(own[0], own[1])
     one = runs.train(method, "synchronised", mesh_of(1))
-    for devices in (2, 8) if method in ("madry", "engm") else (8,):
+    for devices in (2, 4, 8):
         assert_same_training(method, runs.train(method, "synchronised", mesh_of(devices)), one)
     assert_same_training(method, own[0], one)
 

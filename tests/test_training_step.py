@@ -1,6 +1,7 @@
 """The training step: against hand-written updates, on one device and on many."""
 
 import functools
+import itertools
 import re
 
 import flax.linen as nn
@@ -280,6 +281,9 @@ def test_resident_and_streamed_data_train_alike():
     resident = feed.resident(step, DATASET, key=KEY, batch_size=8, mesh=mesh)
     streamed = feed.streamed(step, batches_from, steps_per_epoch=5, mesh=mesh)
     a, b = (parallel.replicate(fresh(), mesh) for _ in range(2))
+    # 64 inputs, 8 units, 3 classes: forward, gradients for the weights and for the units.
+    flops = 2 * 8 * (2 * (64 * 8 + 8 * 3) + 8 * 3)
+    assert resident.flops(a, 3) == streamed.flops(b, 3) == streamed.flops(b, 2) == flops
     for epoch, first, count in [(0, 0, 3), (0, 3, 2), (1, 0, 3)]:
         a, metrics = resident(a, epoch, first, count)
         b, _ = streamed(b, epoch, first, count)
@@ -291,6 +295,38 @@ def test_resident_and_streamed_data_train_alike():
         c, _ = resident(c, epoch, first, count)
     c, _ = feed.streamed(step, batches_from, steps_per_epoch=5, mesh=mesh)(c, 1, 0, 3)
     assert_trees_close(without_key(c), without_key(a), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_program_that_was_counted_is_not_traced_again(split, streams):
+    mesh, traced, read = parallel.device_mesh(jax.devices()[:2]), [], []
+
+    def model_fn(*arguments):
+        traced.append(1)
+        return MLP.apply(*arguments)
+
+    axis = None if split else parallel.AXIS
+    step = train_step(model_fn, OBJECTIVES["standard"], OPTIMIZERS["sgd"], axis_name=axis)
+    state = fresh()
+    specs = parallel.shard_specs(state, mesh) if split else None
+
+    def batches_from(start):
+        for number in itertools.count(start):
+            read.append(number)
+            yield {"image": IMAGES[:8], "label": LABELS[:8], "index": np.arange(8)}
+
+    advance = (
+        feed.streamed(step, batches_from, steps_per_epoch=5, mesh=mesh, state_specs=specs)
+        if streams
+        else feed.resident(step, DATASET, key=KEY, batch_size=8, mesh=mesh, state_specs=specs)
+    )
+    state = parallel.place(state, mesh, specs)
+    assert advance.flops(state, 2) == 2 * 8 * (2 * (64 * 8 + 8 * 3) + 8 * 3)
+    before = len(traced)
+    advance(state, 0, 0, 2)
+    assert len(traced) == before > 0
+    assert read == ([0, 1] if streams else [])
 
 
 def test_a_scheduled_objective_sees_the_step():

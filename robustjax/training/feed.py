@@ -8,7 +8,9 @@ the next steps need is read and on its way while the devices work.
 
 A step whose loss or gradient is not finite is not taken: ``nonfinite="stop"`` leaves the state as
 it was before that step for the rest of the run, which ``fit`` then ends, ``"skip"`` goes on without
-it. ``advance.indices(step)`` are the examples of this host at a step.
+it. ``advance.indices(step)`` are the examples of this host at a step, ``advance.flops(state,
+count)`` the floating-point operations of a step on the whole batch, counted from the program of
+``count`` steps: to have it counted before it runs costs no second trace.
 
 The state is replicated on all devices, and the step names the axis of the mesh. With
 ``state_specs``, from ``parallel.shard_specs``, it is split over the devices, and the step is
@@ -24,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from robustjax import checks, data, keys, parallel
+from robustjax.training.flops import count_flops
 from robustjax.training.loop import Advance
 from robustjax.training.step import Step, guarded_step, several_resident_steps, several_steps
 
@@ -75,19 +78,24 @@ def resident(
         if passes not in orders:
             if len(orders) > 1:  # a dispatch may see the end of a pass and the next one
                 orders.clear()
-            order = data.epoch_batches(key, passes, len(dataset.label), batch_size)
-            orders[passes] = np.asarray(order)
+            orders[passes] = np.asarray(_order(key, passes, len(dataset.label), batch_size))
         return orders[passes][row, columns]
 
+    def rows(at: int, count: int) -> dict[str, jax.Array]:
+        indices = np.stack([minibatch(step // replays) for step in range(at, at + count)])
+        return {
+            "step": parallel.replicate(np.arange(at, at + count, dtype=np.int32), mesh),
+            "index": parallel.split(indices, mesh, parallel.SPLIT_SECOND),
+        }
+
     def advance(state, epoch: int, first: int, count: int):
-        at = epoch * per_epoch + first
-        rows = np.stack([minibatch(step // replays) for step in range(at, at + count)])
-        indices = parallel.split(rows, mesh, parallel.SPLIT_SECOND)
-        numbers = parallel.replicate(np.arange(at, at + count, dtype=np.int32), mesh)
-        return steps(state, arrays, {"step": numbers, "index": indices})
+        return steps(state, arrays, rows(epoch * per_epoch + first, count))
 
     advance.compiled = steps
     advance.indices = lambda step: minibatch(step // replays)
+    advance.flops = lambda state, count: _flops(
+        steps, mesh, state_specs, count, state, arrays, rows(int(state.step), count)
+    )
     return advance
 
 
@@ -141,8 +149,7 @@ def streamed(
         )
         return itertools.islice(batches, at % replays, None)
 
-    def advance(state, epoch: int, first: int, count: int):
-        at = epoch * steps_per_epoch + first
+    def read(at: int, count: int) -> list[dict[str, np.ndarray]]:
         if stream["at"] != at:
             stream["batches"] = replayed(at)
         stream["at"] = at + count
@@ -152,14 +159,42 @@ def streamed(
                 f"batches_from must give batches without end, got only {len(share)} of {count} "
                 f"from step {at} on"
             )
+        return share
+
+    def rows(at: int, share: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         stacked = jax.tree.map(lambda *x: np.stack(x), *share)
-        batches = parallel.split(stacked, mesh, parallel.SPLIT_SECOND)
-        numbers = parallel.replicate(np.arange(at, at + count, dtype=np.int32), mesh)
-        return steps(state, {"step": numbers, "batch": batches})
+        return {
+            "step": parallel.replicate(np.arange(at, at + len(share), dtype=np.int32), mesh),
+            "batch": parallel.split(stacked, mesh, parallel.SPLIT_SECOND),
+        }
+
+    def advance(state, epoch: int, first: int, count: int):
+        at = epoch * steps_per_epoch + first
+        return steps(state, rows(at, read(at, count)))
+
+    def flops(state, count: int) -> int:
+        at = int(state.step)
+        share = read(at, 1)
+        stream.update(at=at, batches=itertools.chain(share, stream["batches"]))  # to be read again
+        several = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding),
+            rows(at, share),
+        )
+        return _flops(steps, mesh, state_specs, count, state, several)
 
     advance.compiled = steps
     advance.indices = lambda step: next(iter(batches_from(step // replays)))["index"]
+    advance.flops = flops
     return advance
+
+
+_order = jax.jit(data.epoch_batches, static_argnums=(2, 3))
+
+
+def _flops(steps: Callable, mesh: Mesh, state_specs: Any, count: int, *arguments: Any) -> int:
+    # With a state that is split, the traced program is that of whole arrays, else of one device's.
+    devices = mesh.size if state_specs is None else 1
+    return count_flops(steps, *arguments) * devices // count
 
 
 def _compiled(several: Callable, mesh: Mesh, state_specs: Any, *data_specs: Any) -> Callable:
