@@ -24,7 +24,7 @@ VARIABLES = {
 
 
 def join(common: Any) -> None:
-    """Joins the processes of a run, if the common flags say that there are several.
+    """Joins the processes of a run, if flags or ``JAX_COORDINATOR_ADDRESS`` say there are several.
 
     It must come before anything else that JAX does. A process that waits for others in vain ends
     with a message after ``join_timeout`` seconds.
@@ -40,7 +40,8 @@ def join(common: Any) -> None:
         "num_processes": common.num_processes,
         "process_id": common.process_id,
     }
-    if not common.distributed and all(value is None for value in told.values()):
+    flags = any(value is not None for value in told.values())
+    if not (common.distributed or flags or VARIABLES["coordinator_address"] in os.environ):
         return
     for name in ("num_processes", "process_id"):
         if told[name] is None and VARIABLES[name] in os.environ:
