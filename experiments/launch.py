@@ -41,13 +41,13 @@ def join(common: Any) -> None:
         "process_id": common.process_id,
     }
     flags = any(value is not None for value in told.values())
-    if not (common.distributed or flags or VARIABLES["coordinator_address"] in os.environ):
+    if not (common.distributed or flags or os.environ.get(VARIABLES["coordinator_address"])):
         return
     for name in ("num_processes", "process_id"):
-        if told[name] is None and VARIABLES[name] in os.environ:
+        if told[name] is None and os.environ.get(VARIABLES[name]):
             told[name] = _whole_number(VARIABLES[name])
     if told["coordinator_address"] is None:
-        told["coordinator_address"] = os.environ.get(VARIABLES["coordinator_address"])
+        told["coordinator_address"] = os.environ.get(VARIABLES["coordinator_address"]) or None
     if not common.distributed:
         for name, value in told.items():
             if value is None:

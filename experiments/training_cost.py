@@ -26,7 +26,7 @@ def described(
       objective: what this network is trained for.
       facts: about the training set.
       parts: from ``training_run.build``.
-      state: to start from.
+      state: to go on from.
       advance: from ``training.feed``; its program is traced, which it would be next.
     """
     dispatch = training.steps_per_dispatch(parts.steps_per_epoch, settings.dispatch)

@@ -24,6 +24,7 @@ def fit_saved(
     *,
     steps_per_epoch: int,
     best_metric: str,
+    announce: Callable[[training.TrainState], None],
 ) -> tuple[training.TrainState, training.TrainState]:
     """Trains from the newest checkpoint that can be read, or from the start.
 
@@ -41,6 +42,7 @@ def fit_saved(
       workdir: folder of this network.
       steps_per_epoch: updates in an epoch.
       best_metric: of those of ``"validation"``, by which the best state is chosen.
+      announce: called with the state that training goes on from, if there is anything left to do.
 
     Returns:
       The best state and the last one.
@@ -62,6 +64,8 @@ def fit_saved(
         restored = checkpoint.restore_latest([validated, between], fresh)
         state = fresh if restored is None else restored
         saved = int(state.step)
+        if saved < total:
+            announce(state)
         if saved:
             report.print_lines(f"{label}: resumed at step {saved} of {total}")
         progress = report.Progress(

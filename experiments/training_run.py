@@ -244,7 +244,12 @@ def run_objective(
     fresh = parallel.place(fresh, mesh, specs)
     chosen_by = selection_metric(settings, objective)
     advance = _advance(settings, parts, train, order_key, mesh, specs)
-    report.print_lines(*training_cost.described(settings, objective, facts, parts, fresh, advance))
+
+    def announce(state: training.TrainState) -> None:
+        report.print_lines(
+            *training_cost.described(settings, objective, facts, parts, state, advance)
+        )
+
     best, last = training_fit.fit_saved(
         settings,
         objective,
@@ -262,6 +267,7 @@ def run_objective(
         workdir,
         steps_per_epoch=parts.steps_per_epoch,
         best_metric=chosen_by,
+        announce=announce,
     )
 
     evaluate = training.make_evaluator(
@@ -296,12 +302,14 @@ def run_objective(
     results["seconds"] = round(time.monotonic() - began, 1)
     results["versions"] = {m.__name__: m.__version__ for m in (jax, flax, optax)}
     results["devices"] = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    variables = parallel.to_host((best.params, best.model_state))  # all processes take part
+    of_images = len(facts.image_shape) == 3
+    if of_images:
+        variables = parallel.to_host((best.params, best.model_state))  # all processes take part
     if report.is_writer():
         figures.training_curves(
             report.read_metrics(workdir), workdir / "curves.png", title=f"{objective} training"
         )
-        if len(facts.image_shape) == 3:
+        if of_images:
             _panel(settings, objective, parts, variables, splits["test"], test_key, workdir)
         report.write_json(workdir / "results.json", results)
     return results

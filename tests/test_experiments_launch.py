@@ -55,6 +55,14 @@ def test_without_any_of_them_jax_finds_the_cluster(joined):
     assert joined(distributed=True) == (None, None, None)
 
 
+def test_an_address_alone_is_not_enough_and_an_empty_one_is_none(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0:1234")
+    with pytest.raises(ValueError, match="num_processes must be given"):
+        joined()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "")
+    assert joined() is None
+
+
 def test_a_variable_is_not_a_number(joined, monkeypatch):
     set_variables(monkeypatch, "host0:1234", "4", "first")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID must be a whole number, got 'first'"):

@@ -109,6 +109,15 @@ def test_rectangular_kernels_and_strides(kernel, strides, padding):
         assert_trees_equal(*both(gradients, x, w))
 
 
+@pytest.mark.parametrize("padding", [((0, 0), (1, 1)), ((-2, -2), (1, 1)), ((1, -1), (0, 0))])
+@pytest.mark.parametrize("kernel", [1, 5])
+def test_images_with_no_place_for_the_kernel(kernel, padding):
+    x = normal(16, 4, 5, 16, dtype=np.float32)
+    w = normal(kernel, 3, 16, 17, dtype=np.float32)
+    ours, plain = both(lambda conv, x, w: conv(x, w, (1, 1), padding), x, w)
+    assert_trees_equal(ours, plain, tolerance=1e-4)
+
+
 def jvp(f, x, w):
     return jax.jvp(f, (x, w), (jnp.sin(x), jax.tree.map(jnp.cos, w)))
 
@@ -223,11 +232,17 @@ def sharpen(f, x, w):
 def test_no_map_of_many_channels_is_left_to_one_core():
     x, w = normal(16, 8, 8, 16, dtype=np.float32), normal(3, 3, 16, 32, dtype=np.float32)
 
-    def maps(x, w):
-        y, vjp = jax.vjp(lambda x, w: our_conv(x, w, (1, 1), "SAME"), x, w)
+    def maps_of(dtype, conv, x, w):
+        y, vjp = jax.vjp(lambda x, w: conv(x, w, (1, 1), "SAME"), x.astype(dtype), w.astype(dtype))
         return y, vjp(y)
 
-    program = compiled(maps, x, w)
+    for dtype, tolerance in ((jnp.float32, 1e-4), (jnp.bfloat16, 0.05)):
+        ours, plain = both(partial(maps_of, dtype), x, w)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            assert a.dtype == b.dtype == dtype
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+    program = compiled(partial(maps_of, jnp.float32, our_conv), x, w)
     assert len(re.findall(r"window=.*lhs_dilate=2x1 rhs_dilate=2x1", program)) == 3
     assert "ynn_fusion" not in program
 

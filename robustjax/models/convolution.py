@@ -194,7 +194,8 @@ def _input_gradient(
     geometry: _Geometry,
     canonical: bool,
 ) -> Float[Array, "n h w c"]:
-    if canonical and kernel.shape[2] <= _FEW_CHANNELS:
+    rows, columns, channels, _ = kernel.shape
+    if canonical and (channels <= 2 or (channels == 3 and rows * columns <= _FEW_TAPS)):
         return _input_gradient_by_taps(g, kernel, geometry)
     padding = [
         (k - 1 - low, h - _extent(n, s) + low)
@@ -220,8 +221,9 @@ def _input_gradient(
 
 
 # XLA:CPU's convolution is slow where the images have one to three channels. The product of all taps
-# of the kernel with all positions is two to four times as fast there.
-_FEW_TAPS, _FEW_CHANNELS = 16, 3
+# of the kernel with all positions is two to four times as fast there. It holds all these products:
+# forward for one channel, and back to three, only up to so many taps are worth it.
+_FEW_TAPS = 16
 
 
 def _forward_by_taps(
@@ -328,7 +330,7 @@ def _convolve(
         )
     lhs = lhs.transpose([axes[0].index(axis) for axis in _IMAGES])
     rhs = rhs.transpose([axes[1].index(axis) for axis in _KERNELS])
-    if _leaves_cores_idle(lhs, rhs, lhs_dilation):
+    if _leaves_cores_idle(lhs, rhs, lhs_dilation, padding[0]):
         # Rows of zeros between the rows of both, and steps twice as long: the same sums, which
         # XLA's other convolution skips the zeros of.
         window_strides = (2 * window_strides[0], window_strides[1])
@@ -354,10 +356,14 @@ def _convolve(
 _EIGEN_CHANNELS = 16
 
 
-def _leaves_cores_idle(lhs: Array, rhs: Array, lhs_dilation: tuple[int, int]) -> bool:
+def _leaves_cores_idle(
+    lhs: Array, rhs: Array, lhs_dilation: tuple[int, int], padding: tuple[int, int]
+) -> bool:
     channels = (rhs.shape[2], rhs.shape[3])
     return (
         lhs_dilation == (1, 1)
+        and lhs.shape[1] + sum(padding) > 0
+        and rhs.shape[0] > 0
         and min(channels) >= _EIGEN_CHANNELS
         and max(channels) > _EIGEN_CHANNELS
     )

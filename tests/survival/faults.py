@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import numpy as np
+
+from robustjax import parallel
 from survival.runs import (
     EPOCHS,
     SAVE_EVERY,
@@ -311,14 +315,17 @@ def pair_with_parameters_sharded(place: Place) -> Outcome:
         words = ("--parameters=sharded", "--width=256", "--save_every=6", "--resume")
         return start_pair(place, folder, *words)
 
+    kernel = jax.ShapeDtypeStruct((64, 256), np.float32)
+    assert parallel.shard_specs(kernel, parallel.device_mesh()) != parallel.REPLICATED
     runs = pair(workdir)
     wait_until(lambda: checkpoints(workdir))
     for run in runs:
         run.signal(signal.SIGKILL)
     ends_of(runs)
-    for folder in (workdir, undisturbed):
+    for folder in (undisturbed, workdir):
         runs = pair(folder)
         assert ends_of(runs) == [0, 0], runs[0].printed()
+    assert "resumed at step" in runs[0].printed()
     assert outcome(workdir) == outcome(undisturbed)
     return Outcome("two processes with sharded parameters killed", 1, "")
 
