@@ -460,7 +460,7 @@ def test_penalized_is_the_base_and_the_weighted_penalty_where_it_is_told():
 LAYERS = 2
 AXES = ("NHWC", "HWIO", "NHWC")
 KERNELS = {
-    "first": jnp.asarray(RNG.normal(size=(3, 3, 3, 4)), jnp.float32),
+    "first": jnp.asarray(RNG.normal(size=(3, 3, 4, 4)), jnp.float32),
     "second": jnp.asarray(RNG.normal(size=(3, 3, 4, 4)), jnp.float32),
 }
 
@@ -473,7 +473,7 @@ def number_of_convolutions(objective):
             x = jax.nn.relu(canonical_conv(x, kernel, (1, 1), "SAME", dimension_numbers=AXES))
         return x.mean((1, 2))
 
-    batch = {**BATCH, "image": jnp.full((N, 4, 4, 3), 0.5)}
+    batch = {**BATCH, "image": jnp.full((N, 4, 4, 4), 0.5)}
     loss_fn = objective(models.from_function(network).apply)
     gradient = jax.grad(lambda p: loss_fn(p, {}, KEY, batch)[0].mean())
     return jax.jit(gradient).lower(KERNELS).compile().as_text().count(" convolution(")
