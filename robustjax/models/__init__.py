@@ -12,7 +12,8 @@
 - ``audio``: ``M5`` for waveforms
 - ``layers``: ``Normalize``, ``Conv``, ``feature_norm``, ``classify``; ``he_fan_out``,
   ``he_fan_in``, ``torch_default``, ``torch_default_bias``
-- ``convolution``: ``canonical_conv``, whose derivatives are fast inside loops on CPU
+- ``convolution``: ``canonical_conv``, whose derivatives are fast inside loops on CPU, made of
+  ``convolution_maps``
 """
 
 from robustjax.models.adapters import (

@@ -57,15 +57,7 @@ def input_gradient(
     if canonical and (channels <= 2 or (channels == 3 and rows * columns <= _FEW_TAPS)):
         return _input_gradient_by_taps(g, kernel, geometry)
     padding = [
-        (k - 1 - low, h - _extent(n, s) + low)
-        for h, k, n, s, (low, _) in zip(
-            geometry.input_size,
-            geometry.kernel_size,
-            g.shape[1:3],
-            geometry.strides,
-            geometry.padding,
-            strict=True,
-        )
+        (k - 1 - low, h - _extent(n, s) + low) for h, k, n, s, low in _each_axis(g, geometry)
     ]
     return _convolve(
         g,
@@ -138,15 +130,7 @@ def kernel_gradient(
 ) -> Float[Array, "i j c d"]:
     """The gradient for the kernel, ``W(x, g)``."""
     padding = [
-        (low, k - 1 + _extent(n, s) - h - low)
-        for h, k, n, s, (low, _) in zip(
-            geometry.input_size,
-            geometry.kernel_size,
-            g.shape[1:3],
-            geometry.strides,
-            geometry.padding,
-            strict=True,
-        )
+        (low, k - 1 + _extent(n, s) - h - low) for h, k, n, s, low in _each_axis(g, geometry)
     ]
     return _convolve(
         x,
@@ -158,6 +142,13 @@ def kernel_gradient(
         rhs_dilation=geometry.strides,
         precision=geometry.precision,
     )
+
+
+def _each_axis(g: Array, geometry: Geometry) -> list[tuple[int, int, int, int, int]]:
+    """Sizes of the image, the kernel and the result, stride and padding before, of both axes."""
+    before = [low for low, _ in geometry.padding]
+    sizes = (geometry.input_size, geometry.kernel_size, g.shape[1:3], geometry.strides, before)
+    return list(zip(*sizes, strict=True))
 
 
 def _extent(positions: int, stride: int) -> int:
