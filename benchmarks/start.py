@@ -21,7 +21,7 @@ PHASES = {
 }
 HITS = "/jax/compilation_cache/cache_hits"
 # Packages that take long to import, and are not wanted before the first step.
-HEAVY = ("torch", "tensorflow", "tensorboardX", "matplotlib")
+HEAVY = ("torch", "tensorflow", "tensorboardX", "matplotlib", "orbax")
 
 
 def main(flags: list[str]) -> None:
@@ -29,12 +29,14 @@ def main(flags: list[str]) -> None:
     running = time.time()
     began = float(os.environ.get(BEGAN, running))
 
-    import jax
-
     from experiments import adversarial_training, command_line
-    from robustjax.training import report
 
     imported = time.time()
+
+    import jax
+
+    from robustjax.training import report
+
     seconds = dict.fromkeys(PHASES.values(), 0.0)
     programs: list[tuple[str, float]] = []
     hits = 0

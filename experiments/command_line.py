@@ -17,6 +17,7 @@ gets the settings of ``--preset`` with the flags that were given put over them. 
 """
 
 import dataclasses
+import gc
 import sys
 import types
 import typing
@@ -112,6 +113,9 @@ def run(
 
     def call(parsed: tuple[Any, Common]) -> None:
         settings, common = parsed
+        # What was imported stays. The collector need not walk it again and again while programs
+        # are traced, which took a fourth of that time.
+        gc.freeze()
         # absl turns on the information messages of every library that logs through it.
         logging.set_verbosity(logging.WARNING)
         if common.compilation_cache is not None:

@@ -1,5 +1,6 @@
 """The training of one network: saved, resumed, interrupted, recorded on the way."""
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,17 +53,22 @@ def fit_saved(
       ValueError: the loss is not finite, or a checkpoint cannot be written or read.
     """
     total = settings.epochs * steps_per_epoch
+    ranked_by = {"checkpoints": best_metric, "recovery": None}
+    folders = [checkpoint.make_directory(workdir / name) for name in ranked_by]
+    begun = np.array([any(any(folder.iterdir()) for folder in folders)])
     with ExitStack() as stack:
-        # keep_last 2: if the newest is damaged, there is another one.
-        validated = stack.enter_context(
-            checkpoint.open_checkpoints(workdir / "checkpoints", best_metric=best_metric)
-        )
-        between = stack.enter_context(
-            checkpoint.open_checkpoints(workdir / "recovery", best_metric=None)
-        )
+
+        @functools.cache  # opened when one is wanted: a fresh run comes to its first step sooner
+        def manager(name: str):
+            return stack.enter_context(
+                checkpoint.open_checkpoints(workdir / name, best_metric=ranked_by[name])
+            )
+
         should_stop = stack.enter_context(interruption.watch())
-        restored = checkpoint.restore_latest([validated, between], fresh)
-        state = fresh if restored is None else restored
+        state = fresh
+        if parallel.gathered(begun).any():  # all processes open them, or none
+            restored = checkpoint.restore_latest([manager(name) for name in ranked_by], fresh)
+            state = fresh if restored is None else restored
         saved = int(state.step)
         if saved < total:
             announce(state)
@@ -86,14 +92,18 @@ def fit_saved(
             writer.write(step, "train", means)
             progress(step, {"loss": means["loss"]})
 
-        def save(manager, state: training.TrainState, metrics=None) -> None:
+        def wait() -> None:
+            for name in ranked_by:
+                checkpoint.wait(manager(name))
+
+        def save(name: str, state: training.TrainState, metrics=None) -> None:
             nonlocal saved
             if int(state.step) == saved:
                 return
             # One manager at a time: the processes of a run meet in the background while they save,
             # and two managers would mistake each other's meetings for their own.
-            checkpoint.wait(between if manager is validated else validated)
-            checkpoint.save(manager, state, metrics)
+            wait()
+            checkpoint.save(manager(name), state, metrics)
             saved = int(state.step)
 
         def on_epoch(epoch: int, state: training.TrainState) -> None:
@@ -104,12 +114,12 @@ def fit_saved(
             for split, values in found.items():
                 writer.write(step, split, values)
             progress(step, found["validation"], keep=True)
-            save(validated, state, dict(found["validation"]))
+            save("checkpoints", state, dict(found["validation"]))
 
         def on_state(step: int, state: training.TrainState) -> None:
             tracing(state)
             if settings.save_every and step - saved >= settings.save_every:
-                save(between, state)
+                save("recovery", state)
 
         def stop(step: int) -> bool:
             nonlocal told
@@ -129,17 +139,15 @@ def fit_saved(
                 should_stop=stop,
             )
         except training.NonFiniteLoss as error:
-            checkpoint.wait(between)
-            checkpoint.wait(validated)
+            wait()
             folder = _save_failed(workdir / "nonfinite", error, advance.indices(error.step))
             raise ValueError(
                 f"{error}; the state before it and the examples are in {folder}"
             ) from error
         reached = int(last.step)
         if told:
-            save(between, last)
-        checkpoint.wait(between)
-        checkpoint.wait(validated)
+            save("recovery", last)
+        wait()
         if skipped:
             report.print_lines(f"{label}: {skipped} steps skipped, not finite")
         # Asked once more, by all processes alike: the signal may have come while saving.
@@ -147,6 +155,7 @@ def fit_saved(
             raise interruption.Interrupted(
                 f"{label}: told to end, saved at step {reached} of {total}; --resume goes on"
             )
+        validated = manager("checkpoints")
         if validated.best_step() in (None, reached):
             return last, last
         return checkpoint.restore_best(validated, fresh), last

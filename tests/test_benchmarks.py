@@ -350,7 +350,7 @@ def test_the_first_step_comes_without_heavy_imports_and_from_the_cache(tmp_path,
     monkeypatch.setattr(
         compilation_cache, "started", lambda flags: {**found, "total": next(starts)}
     )
-    settings = compilation_cache.Settings(only=("demo",), out=None)
+    settings = compilation_cache.Settings(rounds=3, only=("demo",), out=None)
     assert compilation_cache.main(settings)["runs"]["demo"]["faster"] == 5  # of 5, 6 and 4
 
 

@@ -4,6 +4,8 @@ A checkpoint holds check sums of its arrays beside them, so that one that was da
 never taken for a good one.
 """
 
+from __future__ import annotations
+
 import gc
 import json
 import os
@@ -12,18 +14,36 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from robustjax import checks, parallel
 from robustjax.training.state import TrainState
+
+if TYPE_CHECKING:  # imported where it is used: it takes longer than all else here
+    import orbax.checkpoint as ocp
+
+
+def make_directory(directory: str | os.PathLike) -> Path:
+    """Makes the folder of checkpoints, if it is not there.
+
+    Returns:
+      Its absolute path.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"directory {directory} cannot be written: {error.strerror}") from error
+    return directory
 
 
 def open_checkpoints(
@@ -61,12 +81,10 @@ def open_checkpoints(
         if not directory.is_dir():
             raise ValueError(f"directory must hold checkpoints, got {directory}, which is none")
     else:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"directory {directory} cannot be written: {error.strerror}"
-            ) from error
+        make_directory(directory)
+
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy
 
     def score(metrics: dict[str, float]) -> float:
         checks.fields("metrics", metrics, (best_metric,))
@@ -123,6 +141,8 @@ def save(
       ValueError: it, or the one before it, cannot be written, or there is one of this step or a
         later one; those that are there stay.
     """
+    import orbax.checkpoint as ocp
+
     # A copy, since the background writer may still read when the next step reuses the buffers of
     # its donated state.
     stored = jax.tree.map(jnp.copy, _storable(state))
@@ -169,6 +189,8 @@ def restore(
     Raises:
       ValueError: there is none, or it is damaged or of another structure.
     """
+    import orbax.checkpoint as ocp
+
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         raise ValueError(
