@@ -7,7 +7,7 @@ its own, once with an empty DIR and once more with what the first one left there
 the first step of training has come back, alone in its dispatch (``--dispatch=1``; those of the demo
 have 40 steps). The time is from the start of the process; imports, tracing, lowering to HLO and
 compilation (or reading what was compiled) are parts of it. Before the first round the modules are
-imported once, untimed: the bytecode of all is there for either start, as it is after installation.
+imported once, untimed: their bytecode is there for either start, as it is after installation.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def started(flags: list[str]) -> dict[str, Any]:
     """
     lines = _python("-m", "benchmarks.start", "--preset=small", *flags).splitlines()
     if not lines or not lines[-1].startswith("{"):
-        raise ValueError(f"the run must come to its first step, got {lines[-20:]}")
+        raise ValueError(f"the run must come to its first step, it printed {lines[-20:]}")
     return json.loads(lines[-1])
 
 

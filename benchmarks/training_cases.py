@@ -65,6 +65,7 @@ SIZES = {
             Sweep("preact_resnet18", 16, "float32", (32, 128), peer=True),
             Sweep("preact_resnet18", 16, "bfloat16", (32,)),
             Sweep("preact_resnet18", 64, "float32", (16,), peer=True),
+            Sweep("wrn34", None, "float32", (4,)),
         ),
         steps={"standard": 2, "madry": 1},
         dispatches=2,

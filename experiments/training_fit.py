@@ -1,6 +1,5 @@
 """The training of one network: saved, resumed, interrupted, recorded on the way."""
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,14 +56,17 @@ def fit_saved(
     folders = [checkpoint.make_directory(workdir / name) for name in ranked_by]
     begun = np.array([any(any(folder.iterdir()) for folder in folders)])
     with ExitStack() as stack:
-
-        @functools.cache  # opened when one is wanted: a fresh run comes to its first step sooner
-        def manager(name: str):
-            return stack.enter_context(
-                checkpoint.open_checkpoints(workdir / name, best_metric=ranked_by[name])
-            )
-
         should_stop = stack.enter_context(interruption.watch())
+        managers, opened = stack.enter_context(ExitStack()), {}
+
+        def manager(name: str):
+            # Opened when one is wanted: a fresh run comes to its first step sooner.
+            if name not in opened:
+                opened[name] = managers.enter_context(
+                    checkpoint.open_checkpoints(workdir / name, best_metric=ranked_by[name])
+                )
+            return opened[name]
+
         state = fresh
         if parallel.gathered(begun).any():  # all processes open them, or none
             restored = checkpoint.restore_latest([manager(name) for name in ranked_by], fresh)
@@ -93,8 +95,8 @@ def fit_saved(
             progress(step, {"loss": means["loss"]})
 
         def wait() -> None:
-            for name in ranked_by:
-                checkpoint.wait(manager(name))
+            for each in opened.values():
+                checkpoint.wait(each)
 
         def save(name: str, state: training.TrainState, metrics=None) -> None:
             nonlocal saved

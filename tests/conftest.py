@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 # XLA's last level of optimization takes a third of the time of the suite: to compile programs that
 # run on a few numbers. What the caller's XLA_FLAGS say of it comes later, and holds; notebooks, and
-# the processes that tests start, have XLA's own.
+# most of the processes that tests start, have XLA's own.
 os.environ["XLA_FLAGS"] = " ".join([
     "--xla_backend_optimization_level=2",
     os.environ.get("XLA_FLAGS", ""),

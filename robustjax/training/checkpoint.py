@@ -247,7 +247,8 @@ def restore_latest(
         try:
             state = restore(managers[number], like, step=step)
         except ValueError as error:
-            failures.append((managers[number], step, error))
+            # Its frames hold the state that was read.
+            failures.append((managers[number], step, error.with_traceback(None)))
             continue
         for manager, failed, error in failures:
             _set_aside(manager.directory, failed, str(error))

@@ -22,7 +22,12 @@ FLAGS = (
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["experiments.adversarial_training", "sklearn.datasets", "matplotlib.pyplot"]
+    [
+        "experiments.adversarial_training",
+        "orbax.checkpoint",
+        "sklearn.datasets",
+        "matplotlib.pyplot",
+    ]
 )
 
 
