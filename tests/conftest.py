@@ -11,14 +11,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-# XLA's last level of optimization takes a third of the time of the suite: to compile programs that
-# run on a few numbers. What the caller's XLA_FLAGS say of it comes later, and holds; notebooks, and
-# most of the processes that tests start, have XLA's own.
-os.environ["XLA_FLAGS"] = " ".join([
-    "--xla_backend_optimization_level=2",
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-])  # fmt: skip
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 from jaxtyping import config, install_import_hook
 
