@@ -1,6 +1,6 @@
 """The speed of training: images per second, use of the device, what the host adds, against PyTorch.
 
-  python -m benchmarks.training                      CPU, a few minutes on 2 cores
+  python -m benchmarks.training                      CPU, an hour on 2 cores
   python -m benchmarks.training --size=full          one accelerator, PreAct-ResNet-18, WRN-34-10
   python -m benchmarks.training --profile            where the time goes, by kinds of operations
 

@@ -63,9 +63,11 @@ SIZES = {
     "small": Size(
         sweeps=(
             Sweep("preact_resnet18", 16, "float32", (32, 128), peer=True),
-            Sweep("preact_resnet18", 16, "bfloat16", (32,)),
-            Sweep("preact_resnet18", 64, "float32", (16,), peer=True),
-            Sweep("wrn34", None, "float32", (4,)),
+            Sweep("preact_resnet18", 16, "bfloat16", (32, 128)),
+            Sweep("preact_resnet18", 64, "float32", (16, 64), peer=True),
+            Sweep("preact_resnet18", 64, "bfloat16", (16, 64)),
+            Sweep("wrn34", None, "float32", (4, 16)),
+            Sweep("wrn34", None, "bfloat16", (4, 16)),
         ),
         steps={"standard": 2, "madry": 1},
         dispatches=2,
