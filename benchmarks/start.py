@@ -21,7 +21,7 @@ PHASES = {
 }
 HITS = "/jax/compilation_cache/cache_hits"
 # Packages that take long to import, and are not wanted before the first step.
-HEAVY = ("torch", "tensorflow", "tensorboardX", "matplotlib", "orbax")
+HEAVY = ("torch", "tensorflow", "tensorboardX", "matplotlib", "orbax", "PIL")
 
 
 def main(flags: list[str]) -> None:

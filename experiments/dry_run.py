@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import choices, training_cost
+from experiments import choices
 from experiments.training_run import build, facts_of, load_split
 from experiments.training_settings import Settings
 from robustjax import checks, parallel, training
@@ -23,8 +23,7 @@ class Cost(NamedTuple):
       steps_per_epoch: updates in an epoch.
       flops: of matrix products and convolutions in a step, of the costliest branch where a step
         has several.
-      memory: bytes of a global batch's outer step, about: state, gradient, and what its backward
-        pass keeps.
+      memory: bytes of a step on a global batch, about, as by ``training.peak_bytes``.
     """
 
     parameters: int
@@ -95,13 +94,13 @@ def cost(settings: Settings, objective: str, facts: choices.DataFacts) -> Cost:
     batch = {"image": image, "label": integers, "index": integers}
     # The step may name the mesh axis; vmap over one device's share binds it without devices.
     per_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
-    step = jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS)
+    step = jax.jit(jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS))
     return Cost(
         parameters=training.parameter_count(params),
         steps=settings.epochs * parts.steps_per_epoch,
         steps_per_epoch=parts.steps_per_epoch,
         flops=training.count_flops(step, state, per_device),
-        memory=training_cost.memory(parts, state, image.shape),
+        memory=training.peak_bytes(step, state, per_device),
     )
 
 

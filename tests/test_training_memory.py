@@ -1,10 +1,21 @@
-"""What reverse-mode differentiation keeps, from shapes alone."""
+"""What a program holds at once, from shapes alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from robustjax.training import residual_bytes, tree_bytes
+from robustjax import parallel
+from robustjax.training import peak_bytes, tree_bytes
+
+X = jax.ShapeDtypeStruct((1000,), jnp.float32)  # nothing is computed
+SIZE = 4000
+
+
+def chain(x, depth=1):
+    for _ in range(depth):
+        x = jnp.exp(x)
+    return x
 
 
 def test_bytes_of_a_tree():
@@ -16,19 +27,62 @@ def test_bytes_of_a_tree():
     assert tree_bytes(()) == 0
 
 
-def test_a_chain_of_exponentials_keeps_each_of_its_values():
-    x = jax.ShapeDtypeStruct((1000,), jnp.float32)  # nothing is computed
+@pytest.mark.parametrize(
+    ("fn", "arrays"),
+    [
+        (lambda x: x, 1),
+        (chain, 2),  # the argument, and the result
+        (lambda x: chain(x, 2), 3),  # and a value between
+        (lambda x: chain(x, 9), 4),  # and one that is read while the next is made
+        (lambda x: [chain(x), chain(x)], 3),
+        (lambda x: jnp.exp(x) * jnp.sin(x), 4),
+        (lambda x: jax.jit(lambda x: jnp.exp(x) * jnp.sin(x))(x), 4),
+        # Argument, result, the sine and what is called; inside, two values more.
+        (lambda x: jnp.sin(x) + jax.jit(lambda x: jnp.exp(x) * jnp.sin(x))(x), 6),
+        # Argument, carry and, of three values in a row, two; with stacked values, those, too.
+        (lambda x: jax.lax.scan(lambda x, _: (chain(x, 3), None), x, length=7)[0], 4),
+        (lambda x: jax.lax.scan(lambda x, _: (chain(x, 3), x), x, length=7), 4 + 7),
+        (lambda x: jax.lax.cond(True, chain, lambda x: chain(x, 5), x), 4),  # the costliest branch
+    ],
+)
+def test_values_are_there_from_their_operation_to_the_last_that_reads_them(fn, arrays):
+    # Up to scalars: indices, lengths, predicates.
+    assert peak_bytes(fn, X) == pytest.approx(arrays * SIZE, abs=16)
 
-    def chain(x, depth):
-        for _ in range(depth):
-            x = jnp.exp(x)
+
+def test_a_backward_pass_holds_each_value_of_the_forward_one():
+    found = [
+        peak_bytes(jax.grad(lambda x, depth=depth: chain(x, depth).sum()), X)
+        for depth in (5, 6, 20)
+    ]
+    assert found[1] - found[0] == SIZE and found[2] - found[0] == 15 * SIZE
+    # Argument, result, the five values, one derivative and the next one.
+    assert found[0] == pytest.approx(9 * SIZE, abs=16)
+
+
+def test_what_is_computed_again_is_not_held():
+    def loss(x, block):
+        for _ in range(4):
+            x = block(x)
         return x.sum()
 
-    for depth in (1, 5):
-        assert residual_bytes(lambda x, depth=depth: chain(x, depth), x) == 4000 * depth
+    def block(x):
+        return chain(x, 5)
+
+    kept, again = (
+        peak_bytes(jax.grad(lambda x, f=f: loss(x, f)), X) for f in (block, jax.checkpoint(block))
+    )
+    assert kept == pytest.approx(24 * SIZE, abs=16)
+    # The three values between blocks, and the five of one block in its backward pass.
+    assert again == pytest.approx(12 * SIZE, abs=2 * SIZE)
 
 
-def test_only_the_first_argument_is_differentiated():
-    x, w = (jax.ShapeDtypeStruct((100, 100), jnp.float32) for _ in range(2))
-    assert residual_bytes(lambda w, x: (x @ w).sum(), w, x) == 40_000  # x for the derivative for w
-    assert residual_bytes(lambda w, x: (jnp.exp(x) @ w).sum(), w, x) == 40_000
+def test_of_a_function_over_devices_it_is_that_of_one():
+    def fn(a, x):
+        return a.sum() + chain(x, 3)
+
+    mesh = parallel.device_mesh(jax.devices()[:4])
+    specs = {"in_specs": (parallel.REPLICATED, parallel.SPLIT), "out_specs": parallel.SPLIT}
+    shared = jax.ShapeDtypeStruct((10,), jnp.float32)
+    found = peak_bytes(parallel.parallel(fn, mesh, **specs), shared, X)
+    assert found == pytest.approx(40 + 4 * SIZE / 4, abs=16)

@@ -283,7 +283,8 @@ def test_resident_and_streamed_data_train_alike():
     a, b = (parallel.replicate(fresh(), mesh) for _ in range(2))
     # 64 inputs, 8 units, 3 classes: forward, gradients for the weights and for the units.
     flops = 2 * 8 * (2 * (64 * 8 + 8 * 3) + 8 * 3)
-    assert resident.flops(a, 3) == streamed.flops(b, 3) == streamed.flops(b, 2) == flops
+    costs = [resident.cost(a, 3), streamed.cost(b, 3), streamed.cost(b, 2)]
+    assert [cost.flops for cost in costs] == [flops] * 3
     for epoch, first, count in [(0, 0, 3), (0, 3, 2), (1, 0, 3)]:
         a, metrics = resident(a, epoch, first, count)
         b, _ = streamed(b, epoch, first, count)
@@ -322,7 +323,7 @@ def test_a_program_that_was_counted_is_not_traced_again(split, streams):
         else feed.resident(step, DATASET, key=KEY, batch_size=8, mesh=mesh, state_specs=specs)
     )
     state = parallel.place(state, mesh, specs)
-    assert advance.flops(state, 2) == 2 * 8 * (2 * (64 * 8 + 8 * 3) + 8 * 3)
+    assert advance.cost(state, 2).flops == 2 * 8 * (2 * (64 * 8 + 8 * 3) + 8 * 3)
     before = len(traced)
     advance(state, 0, 0, 2)
     assert len(traced) == before > 0

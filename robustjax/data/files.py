@@ -4,7 +4,6 @@ import pathlib
 import zipfile
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from robustjax.data.dataset import Dataset, Source, check_arrays
 
@@ -158,10 +157,12 @@ def _folder_source(folder: pathlib.Path, classes: list[str], name: str) -> Sourc
 
 
 def _read_image(file: pathlib.Path) -> np.ndarray:
+    from PIL import Image  # most runs read no files, and start without it
+
     try:
         with Image.open(file) as image:
             if image.mode[0] in "IF":  # PIL would clip these to 0 .. 255 without a word
                 raise OSError(f"it has more than 8 bits per channel (PIL mode {image.mode})")
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+    except OSError as error:
         raise ValueError(f"{file} must be a readable 8-bit image, but: {error}") from error

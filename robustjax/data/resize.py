@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from robustjax import checks
 from robustjax.data.dataset import Dataset, Example, Source
@@ -115,6 +114,8 @@ def _scaled(
     part = image[top : top + height, left : left + width]
     if part.shape[:2] == (size, size):
         return np.ascontiguousarray(part)
+    from PIL import Image  # most runs scale nothing, and start without it
+
     grey = image.shape[2] == 1
     scaled = Image.fromarray(part[..., 0] if grey else part).resize(
         (size, size), Image.Resampling.BILINEAR

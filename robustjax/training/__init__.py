@@ -9,14 +9,14 @@
 - ``interruption``: ``watch`` for SIGTERM
 - ``report``, ``figures``: run folders, metrics, tables, progress, pictures
 - ``flops``: ``count_flops``; ``passes``: ``counted``, ``count_passes``
-- ``memory``: ``residual_bytes``, ``tree_bytes``
+- ``memory``: ``peak_bytes``, ``tree_bytes``
 """
 
 from robustjax.training import checkpoint, figures, interruption, report
 from robustjax.training.evaluate import adversarial_panel, make_evaluator
 from robustjax.training.flops import count_flops
 from robustjax.training.loop import NonFiniteLoss, fit, steps_per_dispatch
-from robustjax.training.memory import residual_bytes, tree_bytes
+from robustjax.training.memory import peak_bytes, tree_bytes
 from robustjax.training.passes import Passes, count_passes, counted
 from robustjax.training.state import TrainState, create_state, parameter_count
 from robustjax.training.step import (
@@ -42,8 +42,8 @@ __all__ = [
     "interruption",
     "make_evaluator",
     "parameter_count",
+    "peak_bytes",
     "report",
-    "residual_bytes",
     "several_resident_steps",
     "several_steps",
     "steps_per_dispatch",

@@ -8,9 +8,9 @@ the next steps need is read and on its way while the devices work.
 
 A step whose loss or gradient is not finite is not taken: ``nonfinite="stop"`` leaves the state as
 it was before that step for the rest of the run, which ``fit`` then ends, ``"skip"`` goes on without
-it. ``advance.indices(step)`` are the examples of this host at a step, ``advance.flops(state,
-count)`` the floating-point operations of a step on the whole batch, counted from the program of
-``count`` steps: to have it counted before it runs costs no second trace.
+it. ``advance.indices(step)`` are the examples of this host at a step, ``advance.cost(state,
+count)`` is what a step takes, a ``Cost``, from the program of ``count`` steps: to have it counted
+before it runs costs no second trace.
 
 The state is replicated on all devices, and the step names the axis of the mesh. With
 ``state_specs``, from ``parallel.shard_specs``, it is split over the devices, and the step is
@@ -19,7 +19,7 @@ written for the whole batch, without an axis: the compiler divides it.
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +28,21 @@ from jax.sharding import Mesh
 from robustjax import checks, data, keys, parallel
 from robustjax.training.flops import count_flops
 from robustjax.training.loop import Advance
+from robustjax.training.memory import peak_bytes
 from robustjax.training.step import Step, guarded_step, several_resident_steps, several_steps
+
+
+class Cost(NamedTuple):
+    """What a training step takes, about.
+
+    Attributes:
+      flops: floating-point operations on the whole batch, as by ``training.count_flops``.
+      memory: bytes on each device, as by ``training.peak_bytes``; with a state that is split, on
+        all devices together.
+    """
+
+    flops: int
+    memory: int
 
 
 def resident(
@@ -93,7 +107,7 @@ def resident(
 
     advance.compiled = steps
     advance.indices = lambda step: minibatch(step // replays)
-    advance.flops = lambda state, count: _flops(
+    advance.cost = lambda state, count: _cost(
         steps, mesh, state_specs, count, state, arrays, rows(int(state.step), count)
     )
     return advance
@@ -172,7 +186,7 @@ def streamed(
         at = epoch * steps_per_epoch + first
         return steps(state, rows(at, read(at, count)))
 
-    def flops(state, count: int) -> int:
+    def cost(state, count: int) -> Cost:
         at = int(state.step)
         share = read(at, 1)
         stream.update(at=at, batches=itertools.chain(share, stream["batches"]))  # to be read again
@@ -180,21 +194,22 @@ def streamed(
             lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding),
             rows(at, share),
         )
-        return _flops(steps, mesh, state_specs, count, state, several)
+        return _cost(steps, mesh, state_specs, count, state, several)
 
     advance.compiled = steps
     advance.indices = lambda step: next(iter(batches_from(step // replays)))["index"]
-    advance.flops = flops
+    advance.cost = cost
     return advance
 
 
 _order = jax.jit(data.epoch_batches, static_argnums=(2, 3))
 
 
-def _flops(steps: Callable, mesh: Mesh, state_specs: Any, count: int, *arguments: Any) -> int:
+def _cost(steps: Callable, mesh: Mesh, state_specs: Any, count: int, *arguments: Any) -> Cost:
     # With a state that is split, the traced program is that of whole arrays, else of one device's.
     devices = mesh.size if state_specs is None else 1
-    return count_flops(steps, *arguments) * devices // count
+    flops = count_flops(steps, *arguments) * devices // count
+    return Cost(flops, peak_bytes(steps, *arguments))
 
 
 def _compiled(several: Callable, mesh: Mesh, state_specs: Any, *data_specs: Any) -> Callable:

@@ -44,7 +44,7 @@ def _equation(equation: core.JaxprEqn) -> int:
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
-    return sum(_count(jaxpr) for jaxpr in _inner(params))
+    return sum(_count(jaxpr) for jaxpr in inner_programs(params))
 
 
 def _convolution(equation: core.JaxprEqn) -> int:
@@ -81,7 +81,7 @@ def _real_taps(size, kernel, positions, stride, dilation, spacing, padding) -> i
     )
 
 
-def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
+def inner_programs(params: dict[str, Any]) -> list[core.Jaxpr]:
     """The programs inside an equation: of jit, custom derivatives, remat, shard_map and so on."""
     found = []
     for value in params.values():
