@@ -23,7 +23,7 @@ class Cost(NamedTuple):
       steps_per_epoch: updates in an epoch.
       flops: of matrix products and convolutions in a step, of the costliest branch where a step
         has several.
-      memory: bytes of a step on a global batch, about, as by ``training.peak_bytes``.
+      memory: bytes of a step on a global batch, as by ``training.peak_bytes``.
     """
 
     parameters: int
@@ -92,15 +92,19 @@ def cost(settings: Settings, objective: str, facts: choices.DataFacts) -> Cost:
         key,
     )
     batch = {"image": image, "label": integers, "index": integers}
-    # The step may name the mesh axis; vmap over one device's share binds it without devices.
-    per_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
-    step = jax.jit(jax.vmap(parts.step, in_axes=(None, 0), axis_name=parallel.AXIS))
+    step = parallel.parallel(  # it may name the axis of the mesh
+        parts.step,
+        parallel.device_mesh(jax.devices()[:1]),
+        in_specs=(parallel.REPLICATED, parallel.SPLIT),
+        out_specs=parallel.REPLICATED,
+        donate_argnums=0,
+    )
     return Cost(
         parameters=training.parameter_count(params),
         steps=settings.epochs * parts.steps_per_epoch,
         steps_per_epoch=parts.steps_per_epoch,
-        flops=training.count_flops(step, state, per_device),
-        memory=training.peak_bytes(step, state, per_device),
+        flops=training.count_flops(step, state, batch),
+        memory=training.peak_bytes(step, state, batch),
     )
 
 

@@ -39,7 +39,7 @@ def described(
         f"batch {settings.batch_size}",
         f"  {steps:,} steps ({epochs}), {cost.flops:.2e} FLOPs a step, about "
         f"{cost.memory / 2**20:,.0f} MiB "
-        + ("on all devices" if settings.parameters == "sharded" else "a device"),
+        + ("in all" if settings.parameters == "sharded" else "a device"),
         f"  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         + (f" of {hosts} hosts" if hosts > 1 else "")
         + f", batch split into {mesh.size}, parameters {settings.parameters}",

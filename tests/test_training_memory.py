@@ -42,12 +42,34 @@ def test_bytes_of_a_tree():
         # Argument, carry and, of three values in a row, two; with stacked values, those, too.
         (lambda x: jax.lax.scan(lambda x, _: (chain(x, 3), None), x, length=7)[0], 4),
         (lambda x: jax.lax.scan(lambda x, _: (chain(x, 3), x), x, length=7), 4 + 7),
+        # A round reads a slice, and makes one of the stacked results.
+        (lambda x: jax.lax.scan(lambda c, x: (c, chain(x)), 0.0, jnp.stack([x] * 3)), 1 + 3 + 5),
+        (lambda x: jax.lax.while_loop(lambda x: x[0] < 9, lambda x: chain(x, 3), x), 4),
+        (lambda x: jax.jit(lambda x: x + np.ones(1000, np.float32) * jnp.sum(x))(x), 4),
         (lambda x: jax.lax.cond(True, chain, lambda x: chain(x, 5), x), 4),  # the costliest branch
     ],
 )
 def test_values_are_there_from_their_operation_to_the_last_that_reads_them(fn, arrays):
     # Up to scalars: indices, lengths, predicates.
     assert peak_bytes(fn, X) == pytest.approx(arrays * SIZE, abs=16)
+
+
+def test_a_result_takes_the_place_of_a_donated_argument_like_it():
+    def fn(a, b):
+        return chain(a), b.sum()
+
+    # Two arguments, one of which is read before its place is taken.
+    assert peak_bytes(jax.jit(fn), X, X) == pytest.approx(3 * SIZE, abs=16)
+    assert peak_bytes(jax.jit(fn, donate_argnums=0), X, X) == pytest.approx(2 * SIZE, abs=16)
+    other = jax.jit(lambda a: a.astype(jnp.bfloat16), donate_argnums=0)
+    assert peak_bytes(other, X) == pytest.approx(1.5 * SIZE, abs=16)
+
+
+def test_an_argument_that_is_not_read_and_a_key_are_there():
+    y = jax.ShapeDtypeStruct((500,), jnp.float32)
+    assert peak_bytes(lambda x, y: jax.jit(chain)(x), X, y) == 2.5 * SIZE
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    assert peak_bytes(lambda key: key, key) == tree_bytes(key) == 8
 
 
 def test_a_backward_pass_holds_each_value_of_the_forward_one():

@@ -37,8 +37,9 @@ class Cost(NamedTuple):
 
     Attributes:
       flops: floating-point operations on the whole batch, as by ``training.count_flops``.
-      memory: bytes on each device, as by ``training.peak_bytes``; with a state that is split, on
-        all devices together.
+      memory: bytes on each device, as by ``training.peak_bytes``, of the program of ``count``
+        steps with the data that it is given; with a state that is split, of the whole program
+        before it is divided over the devices.
     """
 
     flops: int
