@@ -125,6 +125,7 @@ def run(
         try:
             launch.join(common)
             with launch.peers_watched(common.debug):
+                launch.check_settings(settings)
                 main(settings)
         except interruption.Interrupted as told:
             print(told, file=sys.stderr)

@@ -1,5 +1,7 @@
 """Starting on several hosts: one process each, joined by ``jax.distributed``, or a clear error."""
 
+import dataclasses
+import json
 import os
 import socket
 import sys
@@ -11,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from robustjax import checks
 
@@ -73,6 +77,9 @@ def join(common: Any) -> None:
         try:
             jax.distributed.initialize(
                 **told,
+                local_device_ids=_devices_of_the_task(),
+                # Who is told everything needs no cluster, and would be given one GPU of Slurm's.
+                cluster_detection_method="deactivate" if None not in told.values() else None,
                 # Later than our own deadline: JAX ends a process that waits in vain by a crash.
                 initialization_timeout=common.join_timeout + 60,
                 heartbeat_timeout_seconds=common.heartbeat_timeout,
@@ -84,6 +91,53 @@ def join(common: Any) -> None:
                 f"distributed needs {', '.join(missing)}" if missing else f"cannot join {address}"
             )
             raise ValueError(f"{needs}: {error}") from error
+
+
+def _devices_of_the_task() -> list[int] | None:
+    """Which GPUs a process takes: none named means all of them, None what JAX makes of it.
+
+    JAX gives each task of Slurm or Open MPI one GPU, the first one to a host's only task.
+    """
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    alone = tasks is not None and tasks == nodes
+    return [] if alone or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else None
+
+
+# Where a host keeps its data.
+MAY_DIFFER = ("data_dir",)
+
+
+def check_settings(settings: Any) -> None:
+    """Refuses processes of one run that were started with different flags.
+
+    They would run different programs, and wait for each other in them without end.
+
+    Args:
+      settings: a dataclass of numbers, words and tuples of them.
+
+    Raises:
+      ValueError: they differ; on every process, with the first difference.
+    """
+    if jax.process_count() == 1:
+        return
+    own = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_DIFFER}
+    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: text.size] = text
+    texts = multihost_utils.process_allgather(padded)
+    first, *others = (
+        json.loads(row[:size].tobytes()) for row, size in zip(texts, lengths, strict=True)
+    )
+    for process, other in enumerate(others, start=1):
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"all processes of a run must have the same flags, got {name}="
+                    f"{first.get(name)!r} on process 0 and {other.get(name)!r} on process {process}"
+                )
 
 
 @contextmanager

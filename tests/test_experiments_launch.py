@@ -1,22 +1,28 @@
 """How the processes of a run find each other: flags, variables, Slurm."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
-from survival.runs import Run, network
+from survival.runs import Run, free_port, network
 
 from experiments import command_line, launch
 
 NAMES = ("coordinator_address", "num_processes", "process_id")
+TASKS = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE",
+         "JAX_LOCAL_DEVICE_IDS")  # fmt: skip
 
 
 @pytest.fixture
 def joined(monkeypatch):
     """``joined(**flags)``: what ``jax.distributed.initialize`` is told; None: it is not called."""
     told = []
-    for variable in launch.VARIABLES.values():
+    for variable in (*launch.VARIABLES.values(), *TASKS):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **words: told.append(words))
     monkeypatch.setattr(jax.config, "update", lambda *words: None)
@@ -27,6 +33,7 @@ def joined(monkeypatch):
         launch.join(command_line.Common(**flags))
         return tuple(told[0][name] for name in NAMES) if told else None
 
+    join.told = told
     return join
 
 
@@ -67,6 +74,60 @@ def test_a_variable_is_not_a_number(joined, monkeypatch):
     set_variables(monkeypatch, "host0:1234", "4", "first")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID must be a whole number, got 'first'"):
         joined()
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, []),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
+    ],
+)
+def test_the_only_task_of_a_node_takes_all_its_gpus(joined, monkeypatch, variables, expected):
+    """Where nothing is said JAX decides: one GPU for each of several tasks."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    joined(distributed=True)
+    assert joined.told[0]["local_device_ids"] == expected
+    assert joined.told[0]["cluster_detection_method"] is None
+    joined(coordinator_address="host0:1234", num_processes=4, process_id=3)
+    assert joined.told[0]["cluster_detection_method"] == "deactivate"
+
+
+SEES = """
+import sys
+import jax
+from experiments import command_line, launch
+
+how, address = sys.argv[1:]
+flags = {
+    "found": dict(distributed=True),
+    "told": dict(coordinator_address=address, num_processes=1, process_id=0),
+}
+if how == "by jax alone":
+    jax.distributed.initialize()
+else:
+    launch.join(command_line.Common(**flags[how]))
+from jax._src import xla_bridge
+print("visible", xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.process_count())
+"""
+
+
+@pytest.mark.parametrize("how, visible", [("found", "all"), ("told", "all"), ("by jax alone", "0")])
+def test_a_lone_task_of_slurm_sees_all_gpus(how, visible):
+    """JAX alone would show it the first one."""
+    job = {"SLURM_JOB_ID": str(free_job()), "SLURM_STEP_NODELIST": "localhost",
+           "SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "0",
+           "SLURM_PROCID": "0", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SEES, how, f"127.0.0.1:{free_port()}"],
+        env={**os.environ, **job}, cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert f"visible {visible} 1" in done.stdout, done.stdout + done.stderr
 
 
 def free_job():
