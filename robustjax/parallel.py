@@ -92,10 +92,11 @@ def automatic(
 def shard_specs(tree: Any, mesh: Mesh, *, at_least: int = 2**14) -> Any:
     """How a state is split over the devices: each large array along its longest axis.
 
-    Each device then holds its share of the parameters and of what the optimizer keeps for them;
-    what it needs of the other shares, it gets when it computes (ZeRO stage 3, Rajbhandari et al.
-    2020, also known as fully sharded data parallelism). The last of equally long axes is taken,
-    which in a kernel is that of its outputs.
+    Between steps each device then holds its share of the parameters and of what the optimizer keeps
+    for them (ZeRO stage 3, Rajbhandari et al. 2020, also known as fully sharded data parallelism).
+    How a step gets what it needs of the other shares, the compiler decides: it gathers the kernels
+    of convolutions, and moves activations between wide dense layers, in every step of an attack,
+    too. The last of equally long axes is taken, which in a kernel is that of its outputs.
 
     Args:
       tree: arrays or shapes.

@@ -98,7 +98,9 @@ def vmap_norms(microbatch: int = 16, *, mode: str = "eval") -> NormRule:
 def vjp_norms(microbatch: int = 4, *, mode: str = "train") -> NormRule:
     """Norms by pulling back one loss after the other through the whole batch.
 
-    Exact for every model, at the price of one backward pass of the whole batch per example.
+    Exact for every model, at the price of one backward pass of the whole batch per example. Over
+    several devices it needs BatchNorm statistics of each device (no ``axis_name`` in the model):
+    with synchronised ones the loss of one example from each device would be pulled back at once.
 
     Args:
       microbatch: backward passes, and gradients in memory, at once; ``>= 1``.

@@ -87,7 +87,7 @@ def train_step(
         )
         metrics = jax.tree.map(lambda m: jnp.mean(m, dtype=jnp.float32), metrics)
         if axis_name is not None:
-            # One call, so one all-reduce: replicas stay equal, statistics included.
+            # Together, for XLA to reduce at once: replicas stay equal, statistics included.
             grads, model_state, oracle_state, metrics = _mean_over_devices(
                 (grads, model_state, oracle_state, metrics), axis_name
             )
