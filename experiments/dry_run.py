@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import choices
+from experiments import batch_sizes, choices
 from experiments.training_run import build, facts_of, load_split
 from experiments.training_settings import Settings
 from robustjax import checks, parallel, training
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     memory: int
 
 
-COLUMNS = ("parameters", "steps", "FLOPs a step", "FLOPs of training", "memory, about")
+COLUMNS = ("parameters", "steps", "FLOPs a step", "FLOPs of training", "memory on one device")
 
 
 def shown(cost: Cost) -> list[str]:
@@ -61,6 +61,21 @@ def dry_run(settings: Settings) -> None:
         ["objective", "model", *COLUMNS],
         rows,
     )
+    report.print_lines(*misfits([(",".join(settings.objective), settings)]))
+
+
+def misfits(jobs: Sequence[tuple[str, Settings]]) -> list[str]:
+    """A line for each batch size that the devices at hand do not divide, with whose it is."""
+    names: dict[str, list[str]] = {}
+    for name, settings in jobs:
+        found = batch_sizes.misfit(settings.batch_size)
+        if found is not None:
+            names.setdefault(found, []).append(name)
+    return [
+        f"would be refused here: {found}: {shown[0]}"
+        + (f" and {len(shown) - 1} more" if len(shown) > 1 else "")
+        for found, shown in names.items()
+    ]
 
 
 def data_facts(settings: Settings) -> choices.DataFacts:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import choices, fourier_zoo, trained_models
+from experiments import batch_sizes, choices, fourier_zoo, trained_models
 from robustjax import attacks, data, models, objectives, parallel, training
 from robustjax.norms import L2, LInf
 from robustjax.threat import ThreatModel
-from robustjax.training import feed, report
+from robustjax.training import feed, progress, report
 
 
 def subjects(settings: Any, test: data.Dataset) -> dict[str, Any]:
@@ -75,6 +75,7 @@ def objective_of(settings: Any, name: str) -> objectives.Objective:
 
 def trained(settings: Any) -> dict[str, Any]:
     """Trains a network in each way; they start alike and see the images in the same order."""
+    batch_sizes.check_training(settings.train_batch_size, name="train_batch_size")
     train = data.load(settings.dataset, "train", data_dir=settings.data_dir)
     mesh = parallel.device_mesh()
     steps = data.steps_per_epoch(len(train), settings.train_batch_size)
@@ -91,7 +92,7 @@ def trained(settings: Any) -> dict[str, Any]:
         step = training.train_step(
             model.apply, objective_of(settings, name), optimizer, axis_name=parallel.AXIS
         )
-        progress = report.Progress(total, label=name)
+        shown = progress.Progress(total, label=name)
         state = training.fit(
             parallel.replicate(state, mesh),
             feed.resident(
@@ -100,7 +101,7 @@ def trained(settings: Any) -> dict[str, Any]:
             epochs=settings.epochs,
             steps_per_epoch=steps,
             dispatch=steps,
-            on_dispatch=lambda at, metrics, show=progress: show(
+            on_dispatch=lambda at, metrics, show=shown: show(
                 at, {"loss": float(metrics["loss"].mean())}
             ),
         )

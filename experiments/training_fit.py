@@ -1,5 +1,6 @@
 """The training of one network: saved, resumed, interrupted, recorded on the way."""
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 
 from experiments.training_settings import Settings
 from robustjax import parallel, training
-from robustjax.training import checkpoint, interruption, report
+from robustjax.training import checkpoint, interruption, progress, report
 
 # measure(state) -> {name of a split: {name: value}}; it has "validation", which ranks checkpoints.
 Measure = Callable[[training.TrainState], Mapping[str, Mapping[str, float]]]
@@ -30,7 +31,9 @@ def fit_saved(
 
     ``WORKDIR/checkpoints`` has the states that were validated, the best and the last ones,
     ``WORKDIR/recovery`` the newest ones in between, ``WORKDIR/nonfinite`` the state before a step
-    that failed, with the examples of that step.
+    that failed, with the examples of that step. Where such steps are skipped, it is the state
+    before the first one since the run was started or resumed, and ``skipped.jsonl`` beside it has a
+    line for each of them, see ``SkippedSteps``.
 
     Args:
       settings: ``epochs``, ``dispatch``, ``checkpoint_every``, ``save_every``, ``batch_size``,
@@ -76,23 +79,22 @@ def fit_saved(
             announce(state)
         if saved:
             report.print_lines(f"{label}: resumed at step {saved} of {total}")
-        progress = report.Progress(
+        shown = progress.Progress(
             total, start=saved, label=label, examples_per_step=settings.batch_size
         )
         writer = stack.enter_context(report.MetricsWriter(workdir, from_step=saved))
-        tracing = stack.enter_context(report.Trace(workdir / "profile", settings.profile))
-        told, skipped = False, 0
+        tracing = stack.enter_context(progress.Trace(workdir / "profile", settings.profile))
+        nonfinite, told = workdir / "nonfinite", False
+        skipped = SkippedSteps(nonfinite, from_step=saved)
 
         def on_dispatch(step: int, metrics: dict[str, np.ndarray]) -> None:
-            nonlocal skipped
             if "skipped" in metrics:
-                skipped += int(metrics["skipped"].sum())
                 taken = metrics["skipped"] == 0
                 rest = {name: values[taken] for name, values in metrics.items() if taken.any()}
                 metrics = {**metrics, **rest, "skipped": metrics["skipped"]}
             means = {name: float(values.mean()) for name, values in metrics.items()}
             writer.write(step, "train", means)
-            progress(step, {"loss": means["loss"]})
+            shown(step, {"loss": means["loss"]})
 
         def wait() -> None:
             for each in opened.values():
@@ -112,16 +114,32 @@ def fit_saved(
             if epoch % settings.checkpoint_every and epoch != settings.epochs:
                 return
             step = int(state.step)
-            found = measure(state)
+            with shown.paused():
+                found = measure(state)
             for split, values in found.items():
                 writer.write(step, split, values)
-            progress(step, found["validation"], keep=True)
+            shown(step, found["validation"], keep=True)
             save("checkpoints", state, dict(found["validation"]))
+
+        def saves(step: int) -> bool:
+            return bool(settings.save_every) and step - saved >= settings.save_every
 
         def on_state(step: int, state: training.TrainState) -> None:
             tracing(state)
-            if settings.save_every and step - saved >= settings.save_every:
+            if saves(step):
                 save("recovery", state)
+
+        def on_halt(error: training.NonFiniteLoss) -> None:
+            wait()
+            _save_failed(nonfinite, error, advance.indices(error.step))
+            report.print_lines(
+                f"{label}: {error}; skipped: the state before it and its examples are in "
+                f"{nonfinite}"
+            )
+
+        def on_skipped(steps: list[int]) -> None:
+            own = np.stack([advance.indices(step) for step in steps], axis=1)
+            skipped.write(steps, parallel.gathered(own).T)
 
         def stop(step: int) -> bool:
             nonlocal told
@@ -138,20 +156,25 @@ def fit_saved(
                 on_dispatch=on_dispatch,
                 on_epoch=on_epoch,
                 on_state=on_state,
+                saves=saves,
                 should_stop=stop,
+                on_halt=on_halt,
+                on_skipped=on_skipped,
             )
         except training.NonFiniteLoss as error:
             wait()
-            folder = _save_failed(workdir / "nonfinite", error, advance.indices(error.step))
+            _save_failed(nonfinite, error, advance.indices(error.step))
             raise ValueError(
-                f"{error}; the state before it and the examples are in {folder}"
+                f"{error}; the state before it and the examples are in {nonfinite}"
             ) from error
         reached = int(last.step)
         if told:
             save("recovery", last)
         wait()
-        if skipped:
-            report.print_lines(f"{label}: {skipped} steps skipped, not finite")
+        if skipped.count:
+            report.print_lines(
+                f"{label}: {skipped.count} steps skipped, not finite: {skipped.path}"
+            )
         # Asked once more, by all processes alike: the signal may have come while saving.
         if told or should_stop(reached):
             raise interruption.Interrupted(
@@ -163,7 +186,69 @@ def fit_saved(
         return checkpoint.restore_best(validated, fresh), last
 
 
-def _save_failed(folder: Path, error: training.NonFiniteLoss, indices: np.ndarray) -> Path:
+class SkippedSteps:
+    """``skipped.jsonl``: ``{"step": ..., "examples": [...]}`` for each step that was skipped.
+
+    Steps are counted from 0, examples are those of the whole batch. Only the first ``WHOLE`` lines
+    have them, so that the file of a run that fails at every step stays small. The writing process
+    alone reads and writes it.
+
+    Attributes:
+      path: of the file, which is there once a step has been skipped.
+      count: its lines.
+
+    Args:
+      folder: where it is.
+      from_step: the step that the run starts from. Lines of that step and later ones are dropped:
+        they are about to be made again.
+    """
+
+    WHOLE = 1000
+
+    def __init__(self, folder: Path, *, from_step: int):
+        self.path, self.count = folder / "skipped.jsonl", 0
+        if not report.is_writer() or not self.path.exists():
+            return
+        try:
+            with self.path.open("r+b") as file:
+                kept = 0
+                for line in file:
+                    # A crash may have cut off the last line; steps only grow.
+                    if not line.endswith(b"\n") or self._step(line) >= from_step:
+                        break
+                    kept += len(line)
+                    self.count += 1
+                file.truncate(kept)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def write(self, steps: list[int], examples: np.ndarray) -> None:
+        """Adds steps, with their examples ``(steps, batch)``.
+
+        Raises:
+          ValueError: the file cannot be written.
+        """
+        if not report.is_writer():
+            return
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a") as file:
+                for step, row in zip(steps, examples.tolist(), strict=True):
+                    rows = {"examples": row} if self.count < self.WHOLE else {}
+                    file.write(json.dumps({"step": step, **rows}) + "\n")
+                    self.count += 1
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def _step(self, line: bytes) -> int:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            number = self.count + 1
+            raise ValueError(f"{self.path} line {number} must be a skipped step") from error
+
+
+def _save_failed(folder: Path, error: training.NonFiniteLoss, indices: np.ndarray) -> None:
     """The state before a step that failed, and which examples it had on each process."""
     found = parallel.gathered(np.asarray(indices))
     try:
@@ -180,4 +265,3 @@ def _save_failed(folder: Path, error: training.NonFiniteLoss, indices: np.ndarra
             )
     except (ValueError, OSError) as other:
         raise ValueError(f"{error}; the state before it cannot be saved: {other}") from error
-    return folder

@@ -17,7 +17,6 @@ from robustjax.norms import L2, LInf
 from robustjax.objectives import madry
 from robustjax.threat import ThreatModel
 from robustjax.training import (
-    NonFiniteLoss,
     adversarial_panel,
     checkpoint,
     count_flops,
@@ -25,10 +24,10 @@ from robustjax.training import (
     feed,
     figures,
     fit,
-    guarded_step,
     interruption,
     make_evaluator,
     parameter_count,
+    progress,
     report,
     steps_per_dispatch,
     train_step,
@@ -119,59 +118,6 @@ def test_the_same_bits_again_and_after_an_interruption(run, tmp_path):
     for first, count in [(0, 2), (2, 1)]:
         middle, _ = run.advance(middle, 0, first, count)
     assert_same_bits(run(middle), whole)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_after_it_was_reported(plain_calls):
-    seen = []
-
-    def advance(state, epoch, first, count):
-        loss = np.where(np.arange(first, first + count) == 3, np.nan, 1.0)
-        return state, {"loss": loss}
-
-    state = create_state({}, {}, OPTIMIZER, KEY)
-    with pytest.raises(ValueError, match="loss at step 4 must be finite, got nan"):
-        fit(
-            state,
-            advance,
-            epochs=2,
-            steps_per_epoch=5,
-            dispatch=5,
-            on_dispatch=lambda step, metrics: seen.append(step),
-        )
-    assert seen == [5]
-
-
-def test_a_step_into_nan_is_not_taken(plain_calls):
-    """The state stays before the step that fails, or goes on without it; its examples are known."""
-
-    def step(state, batch):
-        bad = jnp.any(batch["index"] == 5) & (state.params["w"] < 100)
-        loss = jnp.where(bad, jnp.nan, 1.0)
-        params = {"w": state.params["w"] + jnp.where(bad, jnp.nan, 1.0)}
-        new = state._replace(step=state.step + 1, params=params)
-        return new, {"loss": loss, "grad_norm": jnp.float32(1)}
-
-    mesh = parallel.device_mesh(jax.devices()[:2])
-    start = create_state({"w": jnp.zeros(())}, {}, optax.identity(), KEY)
-    for nonfinite in ("stop", "skip"):
-        advance = feed.resident(
-            step, DATASET, key=KEY, batch_size=8, mesh=mesh, nonfinite=nonfinite
-        )
-        failing = next(i for i in range(5) if 5 in advance.indices(i))
-        calls = {"epochs": 1, "steps_per_epoch": 5, "dispatch": 5}
-        state = parallel.replicate(start, mesh)
-        if nonfinite == "skip":
-            seen = []
-            state = fit(state, advance, on_dispatch=lambda _, m, seen=seen: seen.append(m), **calls)
-            assert (int(state.step), float(state.params["w"])) == (5, 4)
-            assert seen[0]["skipped"].tolist() == [float(i == failing) for i in range(5)]
-        else:
-            with pytest.raises(NonFiniteLoss, match=f"loss at step {failing + 1} must") as error:
-                fit(state, advance, **calls)
-            assert error.value.step == failing
-            assert int(error.value.state.step) == float(error.value.state.params["w"]) == failing
-    with pytest.raises(ValueError, match="nonfinite must be"):
-        guarded_step(step, nonfinite="ignore")
 
 
 def test_a_run_that_is_told_to_end_has_a_state_to_go_on_from(run):
@@ -424,9 +370,9 @@ def test_figures_are_written(tmp_path):
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
-    progress = report.Progress(10, label="madry")
-    progress(4, {"loss": 0.5})
-    progress(5, {"clean": 0.25}, keep=True)
+    shown = progress.Progress(10, label="madry")
+    shown(4, {"loss": 0.5})
+    shown(5, {"clean": 0.25}, keep=True)
     out = capsys.readouterr().out
     assert out.startswith("madry 5/10  clean 0.25")
     assert out.count("\n") == 1

@@ -7,12 +7,13 @@
 - ``checkpoint``: ``open_checkpoints``, ``save``, ``restore``, ``restore_latest``
 - ``loop``: ``fit``, ``steps_per_dispatch``, ``NonFiniteLoss``
 - ``interruption``: ``watch`` for SIGTERM
-- ``report``, ``figures``: run folders, metrics, tables, progress, pictures
+- ``report``, ``figures``: run folders, metrics, tables, pictures
+- ``progress``: ``Progress`` with speed and time left, ``Trace`` for a profiler
 - ``flops``: ``count_flops``; ``passes``: ``counted``, ``count_passes``
 - ``memory``: ``peak_bytes``, ``tree_bytes``
 """
 
-from robustjax.training import checkpoint, figures, interruption, report
+from robustjax.training import checkpoint, figures, interruption, progress, report
 from robustjax.training.evaluate import adversarial_panel, make_evaluator
 from robustjax.training.flops import count_flops
 from robustjax.training.loop import NonFiniteLoss, fit, steps_per_dispatch
@@ -43,6 +44,7 @@ __all__ = [
     "make_evaluator",
     "parameter_count",
     "peak_bytes",
+    "progress",
     "report",
     "several_resident_steps",
     "several_steps",

@@ -7,10 +7,12 @@ for the devices, and ``fit`` calls it for the next dispatch before it waits for 
 the next steps need is read and on its way while the devices work.
 
 A step whose loss or gradient is not finite is not taken: ``nonfinite="stop"`` leaves the state as
-it was before that step for the rest of the run, which ``fit`` then ends, ``"skip"`` goes on without
-it. ``advance.indices(step)`` are the examples of this host at a step, ``advance.cost(state,
-count)`` is what a step takes, a ``Cost``, from the program of ``count`` steps: to have it counted
-before it runs costs no second trace.
+it was before that step for the rest of the run, which ``fit`` then ends. ``"skip"`` goes on without
+it; while ``advance.halts`` is true, as it is in the beginning, it leaves the state as ``"stop"``
+does, so that ``fit`` gets the one before the first step that fails. ``advance.indices(step)`` are
+the examples of this host at a step, ``advance.cost(state, count)`` is what a step takes, a
+``Cost``, from the program of ``count`` steps: to have it counted before it runs costs no second
+trace.
 
 The state is replicated on all devices, and the step names the axis of the mesh. With
 ``state_specs``, from ``parallel.shard_specs``, it is split over the devices, and the step is
@@ -80,7 +82,7 @@ def resident(
     parallel.local_batch_size(batch_size, mesh)
     arrays = parallel.replicate({"image": dataset.image, "label": dataset.label}, mesh)
     several = several_resident_steps(
-        guarded_step(step, nonfinite=nonfinite),
+        _guarded(step, nonfinite),
         lambda arrays, row: (row["step"], data.take(arrays, row["index"])),
     )
     steps = _compiled(several, mesh, state_specs, parallel.REPLICATED)
@@ -99,7 +101,7 @@ def resident(
     def rows(at: int, count: int) -> dict[str, jax.Array]:
         indices = np.stack([minibatch(step // replays) for step in range(at, at + count)])
         return {
-            "step": parallel.replicate(np.arange(at, at + count, dtype=np.int32), mesh),
+            "step": _numbers(at, count, mesh, advance.halts),
             "index": parallel.split(indices, mesh, parallel.SPLIT_SECOND),
         }
 
@@ -107,6 +109,7 @@ def resident(
         return steps(state, arrays, rows(epoch * per_epoch + first, count))
 
     advance.compiled = steps
+    advance.halts = True if nonfinite == "skip" else None
     advance.indices = lambda step: minibatch(step // replays)
     advance.cost = lambda state, count: _cost(
         steps, mesh, state_specs, count, state, arrays, rows(int(state.step), count)
@@ -144,7 +147,7 @@ def streamed(
     checks.function("batches_from", batches_from)
     checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
     checks.integer("replays", replays, at_least=1)
-    guarded = guarded_step(step, nonfinite=nonfinite)
+    guarded = _guarded(step, nonfinite)
 
     def as_floats(state, numbered):
         number, batch = numbered
@@ -156,6 +159,7 @@ def streamed(
         lambda state, rows: several(state, (rows["step"], rows["batch"])), mesh, state_specs
     )
     stream: dict[str, Any] = {"at": None, "batches": None}
+    indices: dict[int, np.ndarray] = {}  # of the steps of the last dispatches
 
     def replayed(at: int) -> Iterator[dict[str, np.ndarray]]:
         """From a step on: what is left of its minibatch's replays, then those of the next ones."""
@@ -174,12 +178,20 @@ def streamed(
                 f"batches_from must give batches without end, got only {len(share)} of {count} "
                 f"from step {at} on"
             )
+        for passed in [number for number in indices if not at - count <= number < at + count]:
+            del indices[passed]
+        indices.update((at + i, batch["index"]) for i, batch in enumerate(share))
         return share
+
+    def indices_at(at: int) -> np.ndarray:
+        if at in indices:
+            return indices[at]
+        return next(iter(batches_from(at // replays)))["index"]
 
     def rows(at: int, share: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         stacked = jax.tree.map(lambda *x: np.stack(x), *share)
         return {
-            "step": parallel.replicate(np.arange(at, at + len(share), dtype=np.int32), mesh),
+            "step": _numbers(at, len(share), mesh, advance.halts),
             "batch": parallel.split(stacked, mesh, parallel.SPLIT_SECOND),
         }
 
@@ -198,9 +210,31 @@ def streamed(
         return _cost(steps, mesh, state_specs, count, state, several)
 
     advance.compiled = steps
-    advance.indices = lambda step: next(iter(batches_from(step // replays)))["index"]
+    advance.halts = True if nonfinite == "skip" else None
+    advance.indices = indices_at
     advance.cost = cost
     return advance
+
+
+def _guarded(step: Step, nonfinite: str) -> Callable:
+    """``guarded_step`` for what ``_numbers`` makes; a step that halts is not counted on."""
+    guarded = guarded_step(step, nonfinite=nonfinite)
+    if nonfinite != "skip":
+        return guarded
+
+    def halting(state, numbered):
+        (number, halts), batch = numbered
+        new, metrics = guarded(state, (number, batch))
+        back = halts & (metrics["skipped"] == 1)
+        return new._replace(step=new.step - back.astype(new.step.dtype)), metrics
+
+    return halting
+
+
+def _numbers(at: int, count: int, mesh: Mesh, halts: bool | None) -> Any:
+    """The numbers of the steps and, if they may be skipped, whether the first to fail halts."""
+    numbers = np.arange(at, at + count, dtype=np.int32)
+    return parallel.replicate(numbers if halts is None else (numbers, np.full(count, halts)), mesh)
 
 
 _order = jax.jit(data.epoch_batches, static_argnums=(2, 3))

@@ -6,6 +6,8 @@ Only the first process of a multi-host run writes.
 import json
 import math
 import os
+import re
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,8 +65,14 @@ def open_workdir(
 
     Raises:
       ValueError: the folder cannot be written, holds something that is no run of ours, holds a run
-        and ``resume`` is off, or its run has other settings.
+        and ``resume`` is off, its run has other settings, it is in a store that has no path, or the
+        processes of the run do not see the same folder.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(workdir)):
+        raise ValueError(
+            "workdir must be a folder of a file system; one that all hosts have mounted, if there "
+            f"are several; got {workdir}"
+        )
     workdir, refused = Path(workdir), None
     if is_writer():
         try:
@@ -78,7 +86,33 @@ def open_workdir(
             raise ValueError(f"workdir {workdir} was refused by process 0, which says why")
     if refused is not None:
         raise refused
+    if jax.process_count() > 1:
+        _seen_by_all(workdir)
     return workdir
+
+
+# A network file system shows another host's new file at once, or after its cache has aged.
+SEEN_AFTER = 10.0  # seconds
+
+
+def _seen_by_all(workdir: Path) -> None:
+    """Refuses a workdir that is another folder on another host: checkpoints have parts of all."""
+    number = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))
+    mark = workdir / f".seen-{number}.partial"
+    if is_writer():
+        mark.touch()
+    multihost_utils.sync_global_devices("marked")
+    until = time.monotonic() + SEEN_AFTER
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)))
+    if is_writer():
+        mark.unlink()
+    if blind.size:
+        raise ValueError(
+            f"workdir {workdir} must be one folder that all processes see; what process 0 writes "
+            f"there is not seen by {blind.tolist()}"
+        )
 
 
 def _enter(workdir: Path, config: dict[str, Any], resume: bool, may_change: Sequence[str]) -> None:
@@ -139,28 +173,40 @@ class MetricsWriter:
         """One record: ``{"step": ..., "split": ..., name: value, ...}``.
 
         A value that is not finite is written as the string that names it: JSON has no NaN.
+
+        Raises:
+          ValueError: a file cannot be written, for a full disk, say.
         """
         if self._lines is None:
             return
-        self._lines.write(json.dumps({"step": step, "split": split, **_plain(values)}) + "\n")
-        self._lines.flush()
-        if self._events is None:
-            # It imports PyTorch where that is installed. That takes seconds, in which the devices
-            # work on the next dispatch by now.
-            self._events = _Events(self._folder, self._purge)
-        for name, value in values.items():
-            self._events.write(f"{split}/{name}", float(value), step)
+        path = self._lines.name
+        try:
+            self._lines.write(json.dumps({"step": step, "split": split, **_plain(values)}) + "\n")
+            self._lines.flush()
+            path = self._folder
+            if self._events is None:
+                # It imports PyTorch where that is installed. That takes seconds, in which the
+                # devices work on the next dispatch by now.
+                self._events = _Events(self._folder, self._purge)
+            for name, value in values.items():
+                self._events.write(f"{split}/{name}", float(value), step)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        try:
-            if self._lines is not None:
-                self._lines.close()
-        finally:
-            if self._events is not None:
-                self._events.close()
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        # What could not be written is tried again: the error that is on its way has said so.
+        for file in (self._lines, self._events):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError as failed:
+                if error is None:
+                    raise ValueError(
+                        f"{self._folder.parent} cannot be written: {failed.strerror}"
+                    ) from failed
 
 
 class _Events:
@@ -239,91 +285,6 @@ def _read_object(where: str, text: str) -> dict[str, Any]:
     return value
 
 
-class Progress:
-    """Progress with speed and time left: one line in place on a terminal, else plain lines.
-
-    Args:
-      total: steps of the run.
-      start: steps done before.
-      label: what runs.
-      examples_per_step: to show the examples per second of the steps since the first report, which
-        has the time of compilation.
-    """
-
-    def __init__(
-        self, total: int, *, start: int = 0, label: str = "train", examples_per_step: int = 0
-    ):
-        self._total, self._start, self._label = total, start, label
-        self._examples = examples_per_step
-        self._began = time.monotonic()
-        self._first: tuple[int, float] | None = None
-        self._console = Console(quiet=not is_writer(), highlight=False)
-
-    def __call__(self, step: int, values: Mapping[str, float], *, keep: bool = False) -> None:
-        """Shows the step reached, the values, the speed and the time left.
-
-        Args:
-          step: steps done.
-          values: name to number.
-          keep: leave the line standing; without it, only a terminal shows it.
-        """
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)
-        if not (keep or self._console.is_terminal):
-            return
-        elapsed = now - self._began
-        text = f"{self._label} {step}/{self._total}" + "".join(
-            f"  {name} {value:.4g}" for name, value in values.items()
-        )
-        since, at = self._first if step > self._first[0] else (self._start, self._began)
-        left = math.nan
-        if step > since:
-            left = (now - at) / (step - since) * (self._total - step)
-            if self._examples and now > at:
-                text += f"  {self._examples * (step - since) / (now - at):,.0f} examples/s"
-        text += f"  {_clock(elapsed)}<{_clock(left)}"
-        if self._console.is_terminal:
-            self._console.print("\r" + text, end="\n" if keep else "", soft_wrap=True)
-        else:
-            self._console.print(text, soft_wrap=True)
-
-
-class Trace:
-    """A profiler trace of what happens between the first and the second call; a context manager.
-
-    Args:
-      folder: where it goes, for TensorBoard and Perfetto.
-      wanted: False does nothing.
-    """
-
-    def __init__(self, folder: str | os.PathLike, wanted: bool):
-        self._folder, self._calls = os.fspath(folder), 0 if wanted and is_writer() else None
-
-    def __call__(self, arrays: Any) -> None:
-        """Marks the beginning, then the end, when the arrays have been computed."""
-        if self._calls is None:
-            return
-        jax.block_until_ready(arrays)
-        self._calls += 1
-        if self._calls == 1:
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-        else:
-            self._stop()
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._calls == 1:
-            self._stop()
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self._calls = None
-        print_lines(f"trace: {self._folder}")
-
-
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table; the first column on the left, numbers on the right."""
     table = Table(title=title, title_justify="left")
@@ -345,14 +306,6 @@ def print_lines(*lines: str) -> None:
 def percent(accuracy: float) -> str:
     """A share as per cent with two decimals."""
     return f"{100 * accuracy:.2f} %"
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _plain(value: Any) -> Any:

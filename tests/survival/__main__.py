@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 from robustjax.training import report
-from survival import faults
+from survival import faults, places
 
 
 def main(names):
     chosen = [fault for fault in faults.FAULTS if not names or fault.__name__ in names]
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        place = faults.prepare(Path(folder))
+        place = places.prepare(Path(folder))
         rows = []
         for fault in chosen:
             began = time.monotonic()

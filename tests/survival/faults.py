@@ -8,103 +8,61 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from robustjax import parallel
+from survival import pairs
+from survival.places import (
+    EXIT_TOLD_TO_END,
+    Outcome,
+    Place,
+    assert_ends_as_if_left_alone,
+    has_begun,
+    steps_made,
+)
 from survival.runs import (
+    BATCH_SIZE,
     EPOCHS,
     SAVE_EVERY,
     STEPS,
-    Run,
+    arrays,
     checkpoints,
-    free_port,
+    descendants,
+    is_there,
     network,
     outcome,
+    skipped_steps,
+    state_before,
     wait_until,
 )
-
-EXIT_TOLD_TO_END = 75
-
-
-class Outcome(NamedTuple):
-    """What came of a fault.
-
-    Attributes:
-      fault: in words.
-      tried: how often it was made to happen; each time everything was as it must be.
-      lost: steps that had to be made again, at most and in all.
-    """
-
-    fault: str
-    tried: int
-    lost: str
-
-
-class Place(NamedTuple):
-    """Where runs go, and what a run that was left alone has left there.
-
-    Attributes:
-      folder: for runs and the compilation cache.
-      whole: ``outcome`` of the run that was left alone.
-      seconds: that it took with everything compiled.
-    """
-
-    folder: Path
-    whole: tuple
-    seconds: float
-
-    def start(self, workdir, *words, **options):
-        cache = f"--compilation_cache={self.folder / 'cache'}"
-        return Run(f"--workdir={workdir}", cache, *words, **options)
-
-
-def prepare(folder: Path) -> Place:
-    """Compiles everything and makes the run that is left alone."""
-    began = 0.0
-    for name in ("first", "whole"):
-        began = time.monotonic()
-        run = Place(folder, (), 0.0).start(folder / name)
-        assert run.wait() == 0, run.printed()
-    assert outcome(folder / "first") == outcome(folder / "whole")
-    return Place(folder, outcome(folder / "whole"), time.monotonic() - began)
-
-
-def assert_ends_as_if_left_alone(place, workdir, *words):
-    run = place.start(workdir, "--resume", *words)
-    assert run.wait() == 0, run.printed()
-    assert outcome(workdir) == place.whole
-    return run
-
-
-def steps_made(workdir):
-    path = network(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
 def killed(place: Place, times: int = 20, seed: int = 0) -> Outcome:
     """SIGKILL at random moments, each time resumed, until the run is done; then the next run."""
-    moments, lost, chain, between = random.Random(seed), [], 0, 0
+    moments, lost, chain, between, restoring = random.Random(seed), [], 0, 0, 0
     while len(lost) < times:
         assert chain < times, "runs are over before they can be killed"
         workdir = place.folder / f"killed{chain}"
         chain, newest = chain + 1, 0
-        for _ in range(5):
+        for _ in range(min(5, times - len(lost))):
             run = place.start(workdir, "--resume")
-            # From the first line on: before it nothing of the run is at stake.
-            wait_until(lambda run=run: "parameters" in run.printed() or not run.running())
-            left = 1 - newest / (EPOCHS * STEPS)
-            time.sleep(moments.uniform(0, 0.7 * place.seconds * max(left, 0.1)))
-            if not run.running():  # it was faster
-                newest = max(checkpoints(workdir), default=0)
-                break
+            if newest and moments.random() < 0.4:
+                # Any moment from the start on, so that it is restored meanwhile.
+                time.sleep(moments.uniform(0, 1.2 * place.starting))
+            else:
+                # A run that has nothing yet has nothing at stake before its first line.
+                wait_until(lambda run=run: has_begun(run) or not run.running())
+                left = 1 - newest / (EPOCHS * STEPS)
+                time.sleep(moments.uniform(0, 0.7 * place.seconds * max(left, 0.1)))
             run.signal(signal.SIGKILL)
-            assert run.wait() in (-signal.SIGKILL, 0), run.printed()
+            code = run.wait()
             newest, reached = max(checkpoints(workdir), default=0), steps_made(workdir)
-            lost.append(max(0, reached - newest))
+            if code != -signal.SIGKILL:  # it was faster
+                assert code == 0, run.printed()
+                break
+            restoring += not has_begun(run)
+            lost.append(max(0, reached - newest) if has_begun(run) else 0)
             # One is written while the next steps are made, and the next one waits for it.
             assert lost[-1] <= 3 * SAVE_EVERY, (newest, reached)
             between += 0 < newest < EPOCHS * STEPS
@@ -112,7 +70,32 @@ def killed(place: Place, times: int = 20, seed: int = 0) -> Outcome:
         if 0 < newest < EPOCHS * STEPS:
             assert f"resumed at step {newest} of" in ended.printed()
     assert between >= times // 4  # not only before the first checkpoint
+    assert restoring
     return Outcome("SIGKILL at a random moment", len(lost), f"{max(lost)}, {sum(lost)}")
+
+
+def killed_while_streaming(place: Place, times: int = 3, seed: int = 0) -> Outcome:
+    """SIGKILL of a run that reads its data on the way: the same batches come again."""
+    words = ("--placement=host", "--augmentation=crop", "--epochs=3")
+    alone, workdir = place.folder / "streamed", place.folder / "killed_streaming"
+    run = place.start(alone, *words)
+    assert run.wait() == 0, run.printed()
+    moments, lost = random.Random(seed), []
+    for epoch in range(times):
+        run, step = place.start(workdir, "--resume", *words), epoch * STEPS + moments.randint(1, 9)
+        wait_until(lambda step=step: max(checkpoints(workdir), default=0) >= step)
+        time.sleep(moments.uniform(0, 0.1))
+        started = descendants(run.pid)
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        lost.append(max(0, steps_made(workdir) - max(checkpoints(workdir), default=0)))
+        # Neither it, with the threads that read, nor what it has started outlives it.
+        wait_until(lambda run=run, started=started: not any(map(is_there, (run.pid, *started))), 10)
+    run = place.start(workdir, "--resume", *words)
+    assert run.wait() == 0, run.printed()
+    assert "resumed at step" in run.printed()
+    assert outcome(workdir) == outcome(alone)
+    return Outcome("SIGKILL while data are streamed", times, f"{max(lost)}, {sum(lost)}")
 
 
 def killed_while_writing(place: Place, times: int = 3) -> Outcome:
@@ -149,8 +132,9 @@ def told_to_end(place: Place) -> Outcome:
     assert run.wait() == 0, run.printed()
     assert f"resumed at step {step} of" in run.printed()
     # It has validated once, at the end, and has the same last network.
-    results, _ = outcome(workdir)
-    assert results["last"] == place.whole[0]["last"]
+    ended = outcome(workdir)
+    assert ended.results["last"] == place.whole.results["last"]
+    assert ended.arrays == place.whole.arrays
     return Outcome("SIGTERM", 1, "0, 0")
 
 
@@ -174,9 +158,23 @@ def damaged(place: Place) -> Outcome:
         run = assert_ends_as_if_left_alone(place, harmed)
         assert f"resumed at step {before} of" in run.printed()
         assert f"{folder} is damaged" in run.printed()
-        assert (folder.parent.with_name(folder.parent.name + "-damaged") / str(newest)).is_dir()
+        assert _aside(folder).is_dir()
         lost.append(newest - before)
-    return Outcome("newest checkpoint damaged", 3, f"{max(lost)}, {sum(lost)}")
+    # And killed as soon as it has been set aside.
+    *_, before, newest = checkpoints(workdir)
+    (folder,) = [f for f in network(workdir).glob(f"*/{newest}") if f.is_dir()]
+    _altered(_of_arrays([path for path in (folder / "default").rglob("*") if path.is_file()]))
+    run = place.start(workdir, "--resume")
+    wait_until(_aside(folder).is_dir)
+    run.signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    run = assert_ends_as_if_left_alone(place, workdir)
+    assert int(re.search(r"resumed at step (\d+) of", run.printed())[1]) >= before
+    return Outcome("newest checkpoint damaged", 4, f"{max(lost)}, {sum(lost)}")
+
+
+def _aside(folder):
+    return folder.parent.with_name(folder.parent.name + "-damaged") / folder.name
 
 
 def _of_arrays(files):
@@ -198,40 +196,77 @@ def _altered(path):
 
 
 def not_finite(place: Place) -> Outcome:
-    """A loss that explodes ends the run with the step, its examples and the state before it."""
-    workdir = place.folder / "exploded"
-    words = ("--learning_rate=1e18", "--optimizer=sgd")
+    """A loss that explodes ends the run with the step, its examples and the state before it.
+
+    Where such steps are skipped, each is recorded once, whatever happens on the way.
+    """
+    workdir, alone = place.folder / "exploded", place.folder / "skipped"
+    words = ("--learning_rate=1e18", "--optimizer=sgd", "--epochs=3")
+    skip = "--nonfinite=skip"
     run = place.start(workdir, *words)
     assert run.wait() == 1
     (record,) = network(workdir).glob("nonfinite/step-*.json")
     found = json.loads(record.read_text())
-    assert f"at step {found['step'] + 1} must be finite" in run.printed()
-    assert len(set(found["examples"])) == 100
-    assert (network(workdir) / "nonfinite" / str(found["step"])).is_dir()
-    skipping = place.start(workdir, *words, "--resume", "--nonfinite=skip")
-    assert skipping.wait() == 0, skipping.printed()
-    last = [json.loads(x) for x in (network(workdir) / "metrics.jsonl").read_text().splitlines()]
-    assert sum(x.get("skipped", 0) for x in last) > 0
-    assert "steps skipped, not finite" in skipping.printed()
-    return Outcome("loss not finite: stopped, then skipped", 2, "")
+    step = found["step"]
+    assert f"at step {step + 1} must be finite" in run.printed()
+    assert len(set(found["examples"])) == BATCH_SIZE
+    state, loss_of = state_before(workdir, step)
+    assert int(state.step) == step
+    before = arrays(network(workdir) / "nonfinite")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert not np.isfinite(loss_of(state, found["examples"]))
+
+    run = place.start(alone, *words, skip)
+    assert run.wait() == 0, run.printed()
+    run = place.start(workdir, *words, skip, "--resume")
+    wait_until(lambda: steps_made(workdir) >= STEPS)
+    run.signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    run = place.start(workdir, *words, skip, "--resume")
+    assert run.wait() == 0, run.printed()
+    skipped = skipped_steps(workdir)
+    assert skipped == skipped_steps(alone)
+    assert outcome(workdir) == outcome(alone)
+    assert skipped[0] == {"step": step, "examples": found["examples"]}
+    lines = map(json.loads, outcome(alone).metrics.splitlines())
+    in_metrics = sum(line.get("skipped", 0) for line in lines)  # means over three steps each
+    assert [x["step"] for x in skipped] == sorted({x["step"] for x in skipped})
+    assert len(skipped) == round(3 * in_metrics) > 2 * STEPS
+    assert f"{len(skipped)} steps skipped, not finite" in run.printed()
+    assert arrays(network(alone) / "nonfinite") == before
+    return Outcome("loss not finite: stopped, then skipped", 3, "")
 
 
-def full_disk(place: Place) -> Outcome:
+def no_space(place: Place) -> Outcome:
     """Writes fail from some moment on: an error, and what was written before is whole."""
-    # No file may grow beyond so many bytes: the system refuses the write, as on a full disk. The
-    # first limit meets lines of metrics, the second one checkpoints, which are larger.
-    for limit in (300, 12_000):
-        workdir = place.folder / f"full{limit}"
-        run = place.start(workdir)
-        wait_until(lambda workdir=workdir: checkpoints(workdir))
-        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (limit, limit))
-        assert run.wait() == 1, run.printed()
-        # Threads that were writing a checkpoint print between the lines, and after the last one.
-        reasons = r"cannot be written|File too large" if limit == 300 else "cannot be written"
-        assert re.search(f"error: .*({reasons})", run.printed()), run.printed()
-        assert checkpoints(workdir)
-        assert_ends_as_if_left_alone(place, workdir)
-    return Outcome("disk full", 2, "")
+    # No file may grow beyond so many bytes: the system refuses the write, as on a full disk.
+    # Checkpoints are larger than the other files.
+    workdir = place.folder / "full"
+    run = place.start(workdir)
+    wait_until(lambda: checkpoints(workdir))
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (12_000, 12_000))
+    assert_ends_for(run, f"checkpoint in {network(workdir)}/")
+    newest = max(checkpoints(workdir))
+
+    # The next line of metrics is the first thing to be written.
+    run = place.start(workdir, "--resume", "--save_every=0")
+    wait_until(lambda: has_begun(run))
+    lines = (network(workdir) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    limit = sum(len(line) for line in lines if json.loads(line)["step"] <= newest) + 20
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert_ends_for(run, f"{network(workdir)}/metrics.jsonl")
+    assert max(checkpoints(workdir)) == newest
+    assert_ends_as_if_left_alone(place, workdir)
+    return Outcome("no space (limit on file size): checkpoints, metrics", 2, "")
+
+
+def assert_ends_for(run, refused):
+    """With an error that names what cannot be written, and why."""
+    assert run.wait() == 1, run.printed()
+    # Threads that were writing a checkpoint print between the lines, and after the last one.
+    assert re.search(f"error: {re.escape(refused)}.* cannot be written: .", run.printed()), (
+        run.printed()
+    )
 
 
 def read_only(place: Place) -> Outcome:
@@ -259,120 +294,5 @@ def read_only(place: Place) -> Outcome:
     return Outcome("folder is read-only", 2, "")
 
 
-def start_pair(place, workdir, *words, first_privileged=True, **options):
-    """Two processes of one run; the first may lack the right to write where nobody may."""
-    address = f"--coordinator_address=127.0.0.1:{free_port()}"
-    words = ("--epochs=3", "--num_processes=2", address, "--heartbeat_timeout=10", *words)
-    return [
-        place.start(
-            workdir, *words, f"--process_id={i}", privileged=first_privileged or i > 0, **options
-        )
-        for i in range(2)
-    ]
-
-
-def ends_of(pair):
-    """Exit codes of both."""
-    return [run.wait() for run in pair]
-
-
-def one_of_two_killed(place: Place) -> Outcome:
-    """One process of two is killed: the other ends with an error; both go on together again."""
-    workdir, undisturbed = place.folder / "pair", place.folder / "undisturbed_pair"
-
-    def pair(folder):
-        return start_pair(place, folder, "--save_every=6", "--resume")
-
-    for victim in range(2):
-        runs = pair(workdir)
-        wait_until(
-            lambda victim=victim: max(checkpoints(workdir), default=0) >= (1 + victim) * STEPS
-        )
-        newest = max(checkpoints(workdir))
-        runs[victim].signal(signal.SIGKILL)
-        assert runs[1 - victim].wait(60) != 0
-        said = runs[1 - victim].printed()
-        assert "another process of this run has stopped" in said or "another task died" in said
-        assert max(checkpoints(workdir)) >= newest
-        runs[victim].wait()
-    # Told to end, both do so at the same step.
-    runs = pair(workdir)
-    wait_until(lambda: "parameters" in runs[0].printed())
-    runs[1].signal(signal.SIGTERM)
-    assert ends_of(runs) == [EXIT_TOLD_TO_END] * 2, runs[0].printed()
-    for folder in (workdir, undisturbed):
-        runs = pair(folder)
-        assert ends_of(runs) == [0, 0], runs[0].printed()
-    assert outcome(workdir) == outcome(undisturbed)
-    return Outcome("one of two processes killed, or told to end", 3, "")
-
-
-def pair_with_parameters_sharded(place: Place) -> Outcome:
-    """Both processes, each with parts of the parameters, are killed; they go on from the parts."""
-    workdir, undisturbed = place.folder / "sharded", place.folder / "undisturbed_sharded"
-
-    def pair(folder):
-        # 64 pixels by 256 units: as many parameters as are worth to be divided.
-        words = ("--parameters=sharded", "--width=256", "--save_every=6", "--resume")
-        return start_pair(place, folder, *words)
-
-    kernel = jax.ShapeDtypeStruct((64, 256), np.float32)
-    assert parallel.shard_specs(kernel, parallel.device_mesh()) != parallel.REPLICATED
-    runs = pair(workdir)
-    wait_until(lambda: checkpoints(workdir))
-    for run in runs:
-        run.signal(signal.SIGKILL)
-    ends_of(runs)
-    for folder in (undisturbed, workdir):
-        runs = pair(folder)
-        assert ends_of(runs) == [0, 0], runs[0].printed()
-    assert "resumed at step" in runs[0].printed()
-    assert outcome(workdir) == outcome(undisturbed)
-    return Outcome("two processes with sharded parameters killed", 1, "")
-
-
-def pair_meets_errors(place: Place) -> Outcome:
-    """What only the writing process can see, and what both see, ends both with the reason."""
-    parent = place.folder / "readonly_pair"
-    parent.mkdir(mode=0o555)
-    runs = start_pair(place, parent / "run", first_privileged=False)
-    assert ends_of(runs) == [1, 1], runs[0].printed()
-    assert f"workdir {parent}/run cannot be written: Permission denied" in runs[0].printed()
-    assert f"workdir {parent}/run was refused by process 0, which says why" in runs[1].printed()
-    assert not (parent / "run").exists()
-
-    workdir = place.folder / "exploded_pair"
-    words = ("--learning_rate=1e18", "--optimizer=sgd")
-    runs = start_pair(place, workdir, *words)
-    assert ends_of(runs) == [1, 1], runs[0].printed()
-    (record,) = network(workdir).glob("nonfinite/step-*.json")
-    found = json.loads(record.read_text())
-    for run in runs:
-        assert f"at step {found['step'] + 1} must be finite" in run.printed()
-    assert len(set(found["examples"])) == 100  # of the whole batch, not of one process's half
-    runs = start_pair(place, workdir, *words, "--resume", "--nonfinite=skip")
-    assert ends_of(runs) == [0, 0], runs[0].printed()
-    return Outcome("two processes: folder refused, loss not finite", 3, "")
-
-
-def cluster_mis_set(place: Place) -> Outcome:
-    """A process that waits for others in vain ends with a message, in the time that was set."""
-    for process in range(2):
-        address = f"127.0.0.1:{free_port()}"
-        run = place.start(
-            place.folder / "alone", f"--coordinator_address={address}", "--num_processes=2",
-            f"--process_id={process}", "--join_timeout=2",
-        )  # fmt: skip
-        assert run.wait(60) == 1
-        said = run.printed()
-        assert address in said
-        assert ("did not answer for 2 seconds" if process else "within 2 seconds") in said
-    run = place.start(place.folder / "alone", "--coordinator_address=127.0.0.1:1")
-    assert run.wait() == 1
-    assert "num_processes must be given" in run.printed()
-    return Outcome("cluster mis-set", 3, "")
-
-
-FAULTS = (killed, killed_while_writing, told_to_end, damaged, not_finite, full_disk, read_only,
-          one_of_two_killed, pair_with_parameters_sharded, pair_meets_errors,
-          cluster_mis_set)  # fmt: skip
+FAULTS = (killed, killed_while_writing, killed_while_streaming, told_to_end, damaged, not_finite,
+          no_space, read_only, *pairs.FAULTS)  # fmt: skip

@@ -2,12 +2,12 @@
 
 import pytest
 
-from survival import faults
+from survival import faults, places
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return faults.prepare(tmp_path_factory.mktemp("survival"))
+    return places.prepare(tmp_path_factory.mktemp("survival"))
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
