@@ -15,16 +15,15 @@ all. A run that was interrupted goes on with --resume and ends with the same num
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments import command_line, trained_models
+from experiments import batch_sizes, command_line, trained_models
 from experiments.dry_run import dry_run
 from experiments.training_run import build, facts_of, load_split, run_objective, squared
-from experiments.training_settings import NOT_OF_THE_RUN, Settings
-from robustjax import checks
+from experiments.training_settings import NOT_OF_THE_RUN, Settings, added_since
 from robustjax.training import report
 
 PRESETS = {
@@ -46,7 +45,7 @@ PRESETS = {
         schedule="cosine",
         milestones=(),
         epochs=30,
-        batch_size=100,
+        batch_size=96,
         checkpoint_every=3,
         test_batch_size=100,
         workdir="runs/adversarial_training/small",
@@ -71,8 +70,7 @@ def main(settings: Settings) -> None:
 
 def train(settings: Settings) -> dict[str, Any]:
     """Trains and evaluates a model for each objective; returns what ``results.json`` holds."""
-    for name in ("batch_size", "test_batch_size"):
-        checks.divisible(name, getattr(settings, name), "the number of devices", jax.device_count())
+    batch_sizes.check_training(settings.batch_size)
     config = dataclasses.asdict(settings)
     for name in NOT_OF_THE_RUN:
         del config[name]
@@ -91,20 +89,28 @@ def train(settings: Settings) -> dict[str, Any]:
         start = trained_models.encoder(settings, facts_of(settings, splits["train"]))
     for objective in settings.objective:
         build(settings, objective, facts_of(settings, splits["train"]))
-    workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
+    workdir = _opened(settings.workdir, config, settings.resume)
     results = {}
     for objective in settings.objective:
-        own = report.open_workdir(
-            workdir / objective, {**config, "objective": [objective]}, resume=settings.resume
-        )
+        own = _opened(workdir / objective, {**config, "objective": [objective]}, settings.resume)
         results[objective] = run_objective(settings, objective, splits, own, start)
     if report.is_writer():
         report.write_json(workdir / "results.json", results)
     return results
 
 
+def _opened(folder: str | Path, config: Mapping[str, Any], resume: bool) -> Path:
+    """The folder of a run, which may have been started before some of the settings were there."""
+    return report.open_workdir(
+        folder, config, resume=resume, may_change=added_since(folder, config)
+    )
+
+
 def _is_published_setting(settings: Settings) -> bool:
-    free = ("seed", "test_batch_size", "dispatch", "placement", *NOT_OF_THE_RUN)
+    # With synchronised statistics many devices train what a single one does.
+    free = (
+        "seed", "test_batch_size", "dispatch", "placement", "batch_statistics", *NOT_OF_THE_RUN
+    )  # fmt: skip
     return settings == dataclasses.replace(
         PRESETS["paper"], **{name: getattr(settings, name) for name in free}
     )

@@ -34,8 +34,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import attack_figures, choices, command_line, evaluate, trained_models
+from experiments import (
+    attack_figures,
+    batch_sizes,
+    choices,
+    command_line,
+    evaluate,
+    trained_models,
+)
 from experiments.command_line import setting
+from experiments.dry_run import misfits
 from experiments.training_settings import Settings as TrainingSettings
 from robustjax import attacks, checks, data, keys, losses, metrics, models, training
 from robustjax.attacks.stepwise import StepwiseAttack
@@ -145,7 +153,6 @@ def main(settings: Settings) -> dict[str, Any] | None:
     if settings.dry_run:
         dry_run(settings)
         return None
-    checks.divisible("batch_size", settings.batch_size, "the number of devices", jax.device_count())
     config = dataclasses.asdict(settings)
     for name in ("workdir", "data_dir", "dry_run"):
         del config[name]
@@ -227,7 +234,7 @@ def _curves(
 def _at_each_eps(settings, make, logits_fn, key, x, y) -> dict[str, Any]:
     # The same random numbers at each eps: what changes along the curve is eps alone.
     version = "standard" if make is None else {"attack": make}
-    run = auto_attack(version, batch_size=settings.batch_size)
+    run = auto_attack(version, batch_size=batch_sizes.for_evaluation(settings.batch_size))
     accuracies: list[float] = []
     for eps in settings.grid[1:]:
         outcome = run(logits_fn, ThreatModel(settings.norm, eps), key, x, y)
@@ -238,7 +245,7 @@ def _at_each_eps(settings, make, logits_fn, key, x, y) -> dict[str, Any]:
 
 
 def _at_once(settings, make, logits_fn, key, x, y) -> dict[str, Any]:
-    run = ChunkedAttack(make, batch_size=settings.batch_size)
+    run = ChunkedAttack(make, batch_size=batch_sizes.for_evaluation(settings.batch_size))
     threat, index = ThreatModel(settings.norm, settings.eps_max), np.arange(len(y), dtype=np.int32)
     _, state = run(logits_fn, threat, key, x, y, index)
     return {
@@ -261,7 +268,8 @@ def traces(
             _, trace = attack(logits_fn, keys.per_example(key, index), x, y)
             return trace.prediction[0].T
 
-        run = BatchedFunction(predictions, batch_size=settings.batch_size)
+        size = batch_sizes.for_evaluation(settings.batch_size)
+        run = BatchedFunction(predictions, batch_size=size)
         fixed = run.place((logits_fn, jnp.float32(settings.trace_eps), key))
         prediction = jnp.asarray(run(fixed, (), (x, y, index))).T
         found[name] = {
@@ -341,6 +349,8 @@ def dry_run(settings: Settings) -> None:
         ["attack", "runs", "FLOPs if no example breaks"],
         rows,
     )
+    if settings.checkpoint is None:
+        report.print_lines(*misfits([("the network that is trained first", own)]))
 
 
 def _parts(settings: Settings, num_classes: int) -> Iterator[tuple[str, int, list[Any]]]:

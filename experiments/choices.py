@@ -151,6 +151,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cnn8": _residual(models.CNN8),
 }
 
+BATCH_STATISTICS = ("separate", "synchronised")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_and_flip")
 FILTERS: Mapping[str, Callable[[Any, float], Any]] = {
     "energy": dct.energy_filter,

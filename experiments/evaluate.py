@@ -20,8 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import adversarial_training, choices, command_line, trained_models
+from experiments import (
+    adversarial_training,
+    batch_sizes,
+    choices,
+    command_line,
+    trained_models,
+)
 from experiments.command_line import setting
+from experiments.dry_run import misfits
 from experiments.training_settings import Settings as TrainingSettings
 from robustjax import checks, data, models, parallel, training
 from robustjax.benchmark import AttackRecord, BenchmarkResult, benchmark, ensemble, import_torch
@@ -62,7 +69,9 @@ class Settings:
         choices=("autoattack", *choices.EVALUATION_ATTACKS))
     version: str = setting("standard", "version of AutoAttack", "attack", choices=VERSIONS)
     seed: int = setting(0, "seed of everything random", "run")
-    batch_size: int = setting(1000, "examples at a time, on all devices", "run", unit="examples")
+    batch_size: int = setting(
+        1000, "examples at a time, on all devices, filled up to a multiple of them; no result "
+        "depends on it", "run", unit="examples")
     workdir: str = setting("runs/evaluate/paper", "folder of the results", "run")
     resume: bool = setting(True, "go on with the evaluation in workdir, if there is one", "run")
     dry_run: bool = setting(False, "build, check shapes, count; compute nothing", "run")
@@ -118,7 +127,6 @@ def main(settings: Settings) -> dict[str, Any] | None:
     if settings.dry_run:
         dry_run(settings, threat)
         return None
-    checks.divisible("batch_size", settings.batch_size, "the number of devices", jax.device_count())
     config = dataclasses.asdict(settings)
     for name in ("workdir", "resume", "dry_run", "data_dir"):
         del config[name]
@@ -138,7 +146,7 @@ def main(settings: Settings) -> dict[str, Any] | None:
         threat,
         _attacks(settings),
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=batch_sizes.for_evaluation(settings.batch_size),
         state_path=workdir / "state.npz",
         on_attack=_print_attack,
         model_name=tested.name,
@@ -304,6 +312,8 @@ def dry_run(settings: Settings, threat: ThreatModel) -> None:
         ["attack", "rounds", "steps", "step", "FLOPs if no example breaks"],
         rows,
     )
+    if settings.checkpoint is None and not settings.torch_checkpoint:
+        report.print_lines(*misfits([("the network that is trained first", own)]))
 
 
 if __name__ == "__main__":

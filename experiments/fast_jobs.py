@@ -145,15 +145,29 @@ def method(name: str, eps: int, *, svhn: bool = False) -> dict[str, Any]:
     return {**(SVHN if svhn else {}), "eps": radius, **changes}
 
 
-def jobs_of(study: str, base: Training, seeds: int) -> list[Job]:
-    """All networks of a study, each with every seed."""
-    return over_seeds(
-        [
-            Job(labels, dataclasses.replace(base, **changes), published)
-            for labels, changes, published in _rows(study)
-        ],
-        seeds,
-    )
+def jobs_of(
+    study: str, base: Training, seeds: int, *, batch_multiple: int | None = None
+) -> list[Job]:
+    """All networks of a study, each with every seed.
+
+    Args:
+      study: one of ``STUDIES``.
+      base: what all of them share, with the first seed.
+      seeds: how many there are.
+      batch_multiple: batches are rounded down to multiples of it; ``None``: as published.
+    """
+    found = [
+        Job(labels, dataclasses.replace(base, **changes), published)
+        for labels, changes, published in _rows(study)
+    ]
+    if batch_multiple is not None:
+        found = [job._replace(settings=_rounded(job.settings, batch_multiple)) for job in found]
+    return over_seeds(found, seeds)
+
+
+def _rounded(settings: Training, multiple: int) -> Training:
+    size = max(settings.batch_size // multiple, 1) * multiple
+    return dataclasses.replace(settings, batch_size=size)
 
 
 def _rows(study: str) -> list[tuple[tuple[str, ...], dict[str, Any], dict[str, float]]]:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import fast_published_figures, fast_theory, jobs, trained_models
+from experiments import (
+    batch_sizes,
+    fast_published_figures,
+    fast_theory,
+    jobs,
+    trained_models,
+)
 from experiments.fast_jobs import BASE, LABELS, jobs_of
 from experiments.jobs import Job
 from experiments.studies import Study
@@ -24,7 +30,10 @@ def base_of(settings: Any) -> Training:
 
 def placed_jobs(settings: Any, study: str, workdir: Path) -> list[Job]:
     """The networks of a study, each with a folder of its own; stages follow each other."""
-    placed = jobs.placed(jobs_of(study, base_of(settings), settings.seeds), workdir / study)
+    found = jobs_of(
+        study, base_of(settings), settings.seeds, batch_multiple=settings.batch_multiple
+    )
+    placed = jobs.placed(found, workdir / study)
     if study != "imagenet":
         return placed
     last: dict[Any, Job] = {}
@@ -44,8 +53,12 @@ def run_study(settings: Any, study: str, workdir: Path) -> Study:
       settings: of ``experiments.fast_adversarial_training``.
       study: one of ``fast_jobs.STUDIES``.
       workdir: the networks go into folders of ``workdir / study``.
+
+    Raises:
+      ValueError: a batch of a network that is yet to be trained does not divide over the devices.
     """
     networks = placed_jobs(settings, study, workdir)
+    _check_batches(networks)
     table = jobs.tabulated(networks, functools.partial(_outcome, settings, study))
     return Study(
         f"Study {study}, mean ± std [95 % interval] over seeds; in parentheses: published",
@@ -54,6 +67,16 @@ def run_study(settings: Any, study: str, workdir: Path) -> Study:
         table.results,
         figure=functools.partial(_figure, study, networks, table.outcomes),
     )
+
+
+def _check_batches(networks: list[Job]) -> None:
+    """Refuses now what would be refused when the stages before it have been trained."""
+    for job in networks:
+        found = batch_sizes.misfit(
+            job.settings.batch_size, name=f"batch_size of {', '.join(job.labels)}"
+        )
+        if found and not (Path(job.settings.workdir) / "results.json").exists():
+            raise ValueError(f"{found}; --batch_multiple rounds it")
 
 
 def published_linearization(settings: Any, workdir: Path) -> Study:

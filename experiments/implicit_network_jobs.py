@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import fourier_attack, fourier_zoo, jobs, trained_models
+from experiments import batch_sizes, fourier_attack, fourier_zoo, jobs, trained_models
 from experiments.implicit_networks import BETAS, OBJECTIVES, TRAIN_EPS, adam_pgd
 from experiments.jobs import Job
 from experiments.studies import Study
@@ -145,7 +145,7 @@ def _measured(settings: Any, job: Job) -> dict[str, float]:
         examples.label,
         np.arange(settings.examples, dtype=np.int32),
     )
-    batched = BatchedFunction(_correct, batch_size=settings.batch_size)
+    batched = BatchedFunction(_correct, batch_size=batch_sizes.for_evaluation(settings.batch_size))
     fixed = batched.place((logits_fn, jax.random.key(0)))
     clean, robust = batched(fixed, (), rows)
     return {"clean": 100 * float(clean.mean()), "Adam-PGD-40": 100 * float(robust.mean())}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import adversarial_training, evaluate
-from experiments.dry_run import COLUMNS, costs
+from experiments.dry_run import COLUMNS, costs, misfits
 from experiments.studies import interval, summary
 from experiments.training_settings import Settings as Training
 from robustjax.training import report
@@ -157,9 +157,10 @@ def attack_folder(job: Job, threat: tuple[str, float] | None = None) -> Path:
 
 def print_costs(jobs: Sequence[Job], study: str, seeds: int) -> None:
     """Builds the networks abstractly and prints what each would cost."""
-    rows = costs([(", ".join(job.labels), job.settings) for job in jobs])
+    named = [(", ".join(job.labels), job.settings) for job in jobs]
     report.print_table(
         f"Dry run: study {study}, each of {seeds} seeds",
         ["network", "data set", "model", *COLUMNS],
-        rows,
+        costs(named),
     )
+    report.print_lines(*misfits(named))

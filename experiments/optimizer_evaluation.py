@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import jobs, optimizer_figures, optimizer_jobs, trained_models, training_run
+from experiments import (
+    batch_sizes,
+    jobs,
+    optimizer_figures,
+    optimizer_jobs,
+    trained_models,
+    training_run,
+)
 from experiments.claims import Claim
 from experiments.jobs import Job
 from experiments.optimizer_jobs import COVERED, FILTERS, REMOVED
@@ -144,7 +151,7 @@ def _outcome(settings: Any, study: str, name: str, job: Job) -> dict[str, float]
     severities, tops = SEVERITIES[name], sorted({1, SEVERITIES[name].top})
     logits_fn = loaded(job, settings.data_dir)
     test = test_set(job, settings.data_dir)
-    batch_size = batch_size_of(settings, job)
+    batch_size = batch_sizes.for_evaluation(batch_size_of(settings, job))
     found: dict[str, float] = {}
     key = jax.random.key(0)
     noisy = _under_noise(severities.gaussian, tuple(tops), batch_size)

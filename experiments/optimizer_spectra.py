@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import jobs, optimizer_figures, optimizer_pictures
+from experiments import batch_sizes, jobs, optimizer_figures, optimizer_pictures
 from experiments.claims import Claim
 from experiments.optimizer_evaluation import (
     asked,
@@ -48,7 +48,7 @@ def bands(settings: Any, study: str, workdir: Path) -> Study:
             x, y = _first(job, settings, "test", settings.examples)
             if name not in drawn:
                 drawn[name] = _noise(x.shape[1:], settings.draws)
-            measure = _drop(batch_size_of(settings, job))
+            measure = _drop(batch_sizes.for_evaluation(batch_size_of(settings, job)))
             fixed = measure.place((loaded(job, settings.data_dir), drawn[name][1]))
             lost = measure(fixed, (), (x, y)).mean(axis=0)
             found[name][job.labels[1]]["drop"].append(100 * lost)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import choices, jobs, soar_jobs, trained_models
+from experiments import batch_sizes, choices, jobs, soar_jobs, trained_models
 from experiments.jobs import Job
 from experiments.soar_jobs import NETWORKS
 from experiments.studies import Study
@@ -142,12 +142,13 @@ def _accuracy(name: str, norm: str, eps: float, batch_size: int) -> BatchedFunct
             x = attack(source, keys.per_example(key, index), x, y)
         return metrics.correct(target(x), y)
 
-    return BatchedFunction(measure, batch_size=batch_size)
+    return BatchedFunction(measure, batch_size=batch_sizes.for_evaluation(batch_size))
 
 
 def _masking(target: Any, x: Any, y: Any, batch_size: int) -> dict[str, float]:
     threat = ThreatModel(norms.LInf(), soar_jobs.EPS)
-    found = masking_report(target, jax.random.key(0), x, y, threat, batch_size=batch_size)
+    size = batch_sizes.for_evaluation(batch_size)
+    found = masking_report(target, jax.random.key(0), x, y, threat, batch_size=size)
     return {
         "confidence": 100 * found.clean_confidence,
         "confidence on noise": 100 * found.noise_confidence,
@@ -173,7 +174,7 @@ def _losses(target: Any, x: Any, y: Any, batch_size: int) -> dict[str, float]:
             for n in (1, 10, 100)
         }
 
-    batched = BatchedFunction(measure, batch_size=batch_size)
+    batched = BatchedFunction(measure, batch_size=batch_sizes.for_evaluation(batch_size))
     index = np.arange(len(x), dtype=np.int32)
     found = batched(batched.place((target, jax.random.key(0))), (), (x, y, index))
     return {name: float(values.mean()) for name, values in found.items()}

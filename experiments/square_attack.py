@@ -46,7 +46,7 @@ from experiments import (
 from experiments.dry_run import dry_run as dry_run_of_training
 from experiments.square_jobs import PRESETS, ROLES, Job, Settings, jobs_of
 from experiments.training_settings import Settings as TrainingSettings
-from robustjax import checks, data, models, training
+from robustjax import data, models, training
 from robustjax.attacks import StepwiseAttack
 from robustjax.benchmark.environment import environment
 from robustjax.training import report
@@ -82,7 +82,6 @@ def main(settings: Settings) -> dict[str, Any] | None:
     if settings.dry_run:
         dry_run(settings)
         return None
-    checks.divisible("batch_size", settings.batch_size, "the number of devices", jax.device_count())
     config = dataclasses.asdict(settings)
     for name in ("study", "workdir", "resume", "dry_run", "data_dir"):
         del config[name]

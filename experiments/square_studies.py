@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import adversarial_training, choices, trained_models
+from experiments import adversarial_training, batch_sizes, choices, trained_models
 from experiments.square_jobs import Job, Settings
 from robustjax import data, keys, theory
 from robustjax.attacks import square
@@ -66,6 +66,7 @@ class Runner:
 
     def __init__(self, settings: Settings, workdir: Path):
         self._settings, self._workdir = settings, workdir
+        self._batch_size = batch_sizes.for_evaluation(settings.batch_size)
         self._compiled: dict[Any, ChunkedAttack] = {}
         self._subjects: dict[str, Subject] = {}
         self._structures: dict[tuple, Any] = {}
@@ -75,7 +76,7 @@ class Runner:
             size = threat.norm.value(x_adv - x, batch_ndim=1) / threat.eps
             return correct(logits_fn(x_adv), wanted), threat.contains(x_adv, x), size
 
-        self._judge = BatchedFunction(judge, batch_size=settings.batch_size)
+        self._judge = BatchedFunction(judge, batch_size=self._batch_size)
 
     def subject(self, role: str) -> Subject:
         """The model of a role with all the test examples that any of its jobs needs."""
@@ -121,7 +122,7 @@ class Runner:
         logits_fn = _with_scale(subject.logits_fn, job.scale)
         name = (job.make.func, *sorted(job.make.keywords.items()))
         if name not in self._compiled:
-            self._compiled[name] = ChunkedAttack(job.make, batch_size=self._settings.batch_size)
+            self._compiled[name] = ChunkedAttack(job.make, batch_size=self._batch_size)
         attack = self._compiled[name]
         n = job.examples
         x, y, right = subject.x[:n], subject.y[:n], subject.correct[:n]

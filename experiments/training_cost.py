@@ -42,5 +42,14 @@ def described(
         + ("in all" if settings.parameters == "sharded" else "a device"),
         f"  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         + (f" of {hosts} hosts" if hosts > 1 else "")
-        + f", batch split into {mesh.size}, parameters {settings.parameters}",
+        + f", batch split into {mesh.size}, parameters {settings.parameters}"
+        + (f", {_statistics(settings)}" if "batch_stats" in state.model_state else ""),
     ]
+
+
+def _statistics(settings: Settings) -> str:
+    """Over what BatchNorm takes its statistics."""
+    if settings.frozen == "encoder":
+        return "BatchNorm in evaluation mode"
+    together = settings.batch_statistics == "synchronised" or settings.parameters == "sharded"
+    return f"BatchNorm over {'the whole batch' if together else 'the part of each device'}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import choices
+from experiments import batch_sizes, choices
 from experiments.training_fit import Measure
 from experiments.training_settings import Settings
 from robustjax import attacks, checks, data, gradients, losses, metrics, models, parallel, training
@@ -51,6 +51,7 @@ def make_measure(
     evaluate = training.make_evaluator(
         exact_model.apply, validation_attacks(settings, threat), mesh
     )
+    batch_size = batch_sizes.for_evaluation(settings.test_batch_size, mesh.size)
     gradients_of = monitor = None
     if settings.probe:
         gradients_of = _gradient_measure(settings, objective, exact_model, splits["train"], key)
@@ -58,7 +59,7 @@ def make_measure(
         monitor = _monitor(settings, exact_model, threat, splits["test"], key)
 
     def measure(state: training.TrainState) -> dict[str, dict[str, float]]:
-        batches = data.eval_batches(splits["validation"], settings.test_batch_size)
+        batches = data.eval_batches(splits["validation"], batch_size)
         verdicts = evaluate(state.params, state.model_state, key, batches)
         found = {"validation": {name: float(v.mean()) for name, v in verdicts.items()}}
         if monitor is not None:

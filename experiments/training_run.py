@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import choices, fine_tuning, training_cost, training_fit, training_measures
+from experiments import (
+    batch_sizes,
+    choices,
+    fine_tuning,
+    training_cost,
+    training_fit,
+    training_measures,
+)
 from experiments.training_settings import Settings
 from robustjax import (
     attacks,
@@ -66,10 +73,18 @@ def facts_of(settings: Settings, train: data.Dataset | data.Source) -> choices.D
     return choices.DataFacts(shape, train.num_classes, len(train))
 
 
-def module_of(settings: Settings, facts: choices.DataFacts, dtype: Any) -> nn.Module:
-    """The network of the settings, computing in ``dtype``."""
+def module_of(
+    settings: Settings, facts: choices.DataFacts, dtype: Any, *, axis_name: str | None = None
+) -> nn.Module:
+    """The network of the settings, computing in ``dtype``.
+
+    In training mode BatchNorm, if it has any, takes its statistics over ``axis_name`` together.
+    """
     make = choices.MODELS[settings.model]
-    return make(facts.num_classes, settings.width, settings.normalization, dtype)
+    module = make(facts.num_classes, settings.width, settings.normalization, dtype)
+    if axis_name is not None and hasattr(module, "axis_name"):  # a field where BatchNorm may be
+        module = module.clone(axis_name=axis_name)
+    return module
 
 
 def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts:
@@ -88,8 +103,8 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
             f"{settings.augmentation} and {settings.image_filter}"
         )
 
-    def model(dtype):
-        found = models.from_linen(module_of(settings, facts, dtype))
+    def model(dtype, axis_name=None):
+        found = models.from_linen(module_of(settings, facts, dtype, axis_name=axis_name))
         return fine_tuning.frozen_encoder(found) if settings.frozen == "encoder" else found
 
     steps_per_epoch = data.steps_per_epoch(facts.train_size, settings.batch_size)
@@ -161,7 +176,8 @@ def build(settings: Settings, objective: str, facts: choices.DataFacts) -> Parts
         )
         return choices.add_penalty(plain, settings.penalty, settings.penalty_weight, now)
 
-    compute_model = model(choices.PRECISIONS[settings.precision])
+    together = axis if settings.batch_statistics == "synchronised" else None
+    compute_model = model(choices.PRECISIONS[settings.precision], together)
     final = objective_at(1.0)
     step = training.train_step(
         compute_model.apply,
@@ -286,14 +302,15 @@ def run_objective(
         "test_examples": len(splits["test"]),
         "attacked_examples": len(attacked),
     }
+    batch_size = batch_sizes.for_evaluation(settings.test_batch_size, mesh.size)
     for name, state in {"best": best, "last": last}.items():
         if name == "last" and int(best.step) == int(last.step):
             results["last"] = results["best"]
             continue
-        test = data.eval_batches(attacked, settings.test_batch_size)
+        test = data.eval_batches(attacked, batch_size)
         verdicts = evaluate(state.params, state.model_state, test_key, test)
         if evaluate_clean is not None:
-            whole = data.eval_batches(splits["test"], settings.test_batch_size)
+            whole = data.eval_batches(splits["test"], batch_size)
             verdicts |= evaluate_clean(state.params, state.model_state, test_key, whole)
         results[name] = {
             "step": int(state.step),

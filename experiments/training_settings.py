@@ -1,10 +1,15 @@
 """The settings of a training run, shared by the entry points that train: fields, flags, checks."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from experiments import choices, command_line
 from experiments.command_line import setting
 from robustjax import checks
+from robustjax.training import report
 from robustjax.training.step import NONFINITE
 
 
@@ -42,6 +47,11 @@ class Settings:
     normalization: str = setting(
         "batch", "normalisation layers of residual networks", "model",
         choices=("batch", "group", "none"))
+    batch_statistics: str = setting(
+        "separate", "statistics that BatchNorm takes in training; separate: of each device's part "
+        "of the batch, as PyTorch's DataParallel; synchronised: of the whole batch, as "
+        "SyncBatchNorm. With parameters sharded they are those of the whole batch in any case",
+        "model", choices=choices.BATCH_STATISTICS)
     precision: str = setting(
         "bfloat16", "computation in training; parameters, statistics and evaluation are float32",
         "model", choices=tuple(choices.PRECISIONS))
@@ -125,7 +135,8 @@ class Settings:
         0.4, "share of the epochs after which a cyclic schedule is at learning_rate", "optimizer")
     cycle_end: float = setting(0.0, "learning rate at the end of a cyclic schedule", "optimizer")
     epochs: int = setting(120, "passes over the training set", "run", unit="epochs")
-    batch_size: int = setting(128, "global batch size", "run", unit="examples")
+    batch_size: int = setting(
+        128, "global batch size, divisible by the number of devices", "run", unit="examples")
     seed: int = setting(0, "seed of everything random", "run")
     workdir: str = setting(
         "runs/adversarial_training/paper", "folder of the results, new or to --resume", "run")
@@ -138,10 +149,11 @@ class Settings:
         "run that is told to end (SIGTERM) saves one in any case", "run", unit="steps")
     nonfinite: str = setting(
         "stop", "what is done about a loss or gradient that is not finite: end the run with the "
-        "state before it saved, or go on without the step", "run", choices=NONFINITE)
+        "state before it saved, or go on without the step, which is recorded", "run",
+        choices=NONFINITE)
     parameters: str = setting(
         "replicated", "every device has all parameters and optimizer state, or its share of large "
-        "ones, for models that do not fit (batch statistics are then those of the whole batch)",
+        "ones, for models that do not fit (batch_statistics are then those of the whole batch)",
         "run", choices=("replicated", "sharded"))
     profile: bool = setting(
         False, "write a trace of the second dispatch to WORKDIR/OBJECTIVE/profile, for TensorBoard "
@@ -168,7 +180,8 @@ class Settings:
     robust_examples: int | None = setting(
         None, "first test examples that are attacked; None: all", "evaluation", unit="examples")
     test_batch_size: int = setting(
-        1000, "batch size of evaluation", "evaluation", unit="examples")
+        1000, "examples at a time in evaluation, filled up to a multiple of the devices; no result "
+        "depends on it", "evaluation", unit="examples")
     # fmt: on
 
     def __post_init__(self):
@@ -247,6 +260,16 @@ class Settings:
             )
         if self.attack_rule == "adam" and self.attack_step_size is None:
             raise ValueError("attack_step_size must be given for attack_rule adam, got None")
+        if (
+            self.norm_rule == "vjp"
+            and self.oracle in ("engm", "f_engm", "a_engm")
+            and (self.batch_statistics, self.parameters) == ("synchronised", "replicated")
+        ):
+            raise ValueError(
+                "norm_rule vjp pulls losses back through each device's part of the batch and needs "
+                f"batch_statistics separate or parameters sharded, got {self.batch_statistics} and "
+                f"{self.parameters}"
+            )
         if self.rate_warmup and (self.schedule != "cosine" or self.rate_warmup >= self.epochs):
             raise ValueError(
                 "rate_warmup must be below epochs and needs schedule cosine, got "
@@ -259,3 +282,20 @@ class Settings:
 # Settings that say where and how a run is started, not what it computes: they may change when it is
 # resumed.
 NOT_OF_THE_RUN = ("workdir", "resume", "dry_run", "data_dir", "save_every", "nonfinite", "profile")
+
+
+def added_since(folder: str | Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings that the run in ``folder`` was started without, where ``config`` has the defaults.
+
+    A setting is added with what runs did before as its default: such a run can be resumed.
+    """
+    try:
+        old = json.loads((Path(folder) / report.CONFIG).read_text())
+    except (OSError, ValueError):
+        old = None
+    if not isinstance(old, dict):
+        return ()  # there is no run, or whoever opens the folder says what is wrong
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    return tuple(
+        name for name, value in config.items() if name not in old and value == defaults[name]
+    )

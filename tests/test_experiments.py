@@ -5,22 +5,28 @@ import importlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+import parallel_training
 import pytest
 
 from experiments import (
     adversarial_training,
+    batch_sizes,
     catalogue,
     choices,
     command_line,
     engm,
+    evaluate,
     fast_adversarial_training,
     implicit_robustness,
     optimizer_robustness,
     soar,
+    training_measures,
+    training_run,
 )
-from robustjax import parallel
+from robustjax import data, models, parallel, training
 from robustjax.threat import ThreatModel
 
 PRESETS = adversarial_training.PRESETS
@@ -132,7 +138,7 @@ def test_a_dry_run_counts_and_computes_nothing(words, capsys, tmp_path):
     if "paper" in words[0]:
         assert "45,840 (120 x 382)" in out  # 49,000 images, batches of 128
     else:
-        assert "360 (30 x 12)" in out
+        assert "390 (30 x 13)" in out
     assert not (tmp_path / "w").exists()
 
 
@@ -141,7 +147,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path, capsys):
         "--dataset=digits", "--epochs=2", "--objective=trades", "--model=linear",
         "--checkpoint_every=1", "--test_steps=2", "--test_restarts=1", "--attack_steps=1",
         "--validation_steps=1", f"--workdir={tmp_path / 'run'}", "--batch_size=96",
-        "--test_batch_size=104", "--placement=host", "--augmentation=crop_and_flip",
+        "--test_batch_size=100", "--placement=host", "--augmentation=crop_and_flip",
     )  # fmt: skip
     adversarial_training.main(settings)
     folder = tmp_path / "run" / "trades"
@@ -156,11 +162,20 @@ def test_a_run_leaves_everything_it_promises(tmp_path, capsys):
     assert "jax" in results["versions"]
     out = capsys.readouterr().out
     assert f"{100 * results['best']['clean']:.2f} %" in out
-    # Once more, to resume: nothing is trained anew and the numbers stay.
+    # Once more, to resume: nothing is trained anew and the numbers stay. The run may be older than
+    # some settings that have their defaults.
+    for path in (tmp_path / "run" / "config.json", folder / "config.json"):
+        config = json.loads(path.read_text())
+        assert config.pop("batch_statistics") == "separate"
+        path.write_text(json.dumps(config))
+    changed = dataclasses.replace(settings, resume=True, batch_statistics="synchronised")
+    with pytest.raises(ValueError, match="batch_statistics=None, got batch_statistics='sync"):
+        adversarial_training.main(changed)
     adversarial_training.main(dataclasses.replace(settings, resume=True))
     again = json.loads((tmp_path / "run" / "results.json").read_text())["trades"]
     assert again["last"] == results["last"]
     assert again["best"] == results["best"]
+    assert json.loads((folder / "config.json").read_text())["batch_statistics"] == "separate"
 
 
 @pytest.mark.parametrize(
@@ -220,3 +235,143 @@ def test_training_attacks_are_those_of_their_names():
     assert distances["pgd"].max() == pytest.approx(0.06, abs=1e-6)
     assert len(np.unique(np.round(distances["fgsm_rs"], 5))) > 4
     assert parallel.AXIS == "data"
+
+
+def test_batches_of_evaluation_grow_and_those_of_training_are_refused():
+    grown = [batch_sizes.for_evaluation(1000, devices) for devices in (1, 8, 16, 64, 3000)]
+    assert grown == [1000, 1000, 1008, 1024, 3000]
+    assert batch_sizes.for_evaluation(100) == 104  # on the eight devices of the tests
+    assert batch_sizes.misfit(180, 9) is None
+    with pytest.raises(
+        ValueError,
+        match=r"batch_size \(180\) must be divisible by the number of devices \(8\), as 176 and "
+        "184 are",
+    ):
+        batch_sizes.check_training(180)
+    assert batch_sizes.misfit(4, 8).endswith("as 8 is")
+
+
+@pytest.mark.parametrize("devices", [8, 16])
+def test_presets_run_on_ordinary_numbers_of_devices(devices):
+    for settings in (*PRESETS.values(), evaluate.DEMO):
+        batch_sizes.check_training(settings.batch_size, devices)
+    for asked in (*PRESETS.values(), *evaluate.PRESETS.values()):
+        size = getattr(asked, "test_batch_size", asked.batch_size)
+        assert 0 <= batch_sizes.for_evaluation(size, devices) - size < devices
+        parallel.local_batch_size(batch_sizes.for_evaluation(size), parallel.device_mesh())
+
+
+def test_a_dry_run_tells_what_would_be_refused(capsys):
+    adversarial_training.main(parse("--dry_run", "--dataset=digits", "--batch_size=180"))
+    out = capsys.readouterr().out
+    assert "would be refused here: batch_size (180)" in out and "as 176 and 184 are" in out
+    adversarial_training.main(parse("--dry_run", "--dataset=digits"))
+    assert "refused" not in capsys.readouterr().out
+
+
+NOISE = parallel_training.DATASET
+
+
+def small(**changes):
+    """Settings for those images of three classes, with a network that has BatchNorm."""
+    base = dataclasses.replace(
+        PRESETS["small"], model="mlp", norm="l2", eps=0.5, eps_warmup=0, attack_steps=2,
+        attack_step_size=0.3, batch_size=16, optimizer="sgd", learning_rate=0.2,
+        schedule="constant", objective=("madry",), validation_steps=2,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture
+def with_batch_norm(monkeypatch):
+    def make(num_classes, width, norm, dtype):
+        return parallel_training.Network()
+
+    monkeypatch.setitem(choices.MODELS, "mlp", make)
+
+
+def built(settings):
+    parts = training_run.build(settings, "madry", training_run.facts_of(settings, NOISE))
+    key = jax.random.key(0)
+    params, model_state = parts.model.init(key, jnp.zeros((1, 6, 6, 1)))
+    return parts, training.create_state(
+        params, model_state, parts.optimizer, key, oracle=parts.oracle
+    )
+
+
+def numbers(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(parallel.to_host(tree))])
+
+
+def trained(devices, **changes):
+    """Parameters and running statistics after two steps."""
+    settings = small(**changes)
+    mesh = parallel.device_mesh(jax.devices()[:devices])
+    parts, state = built(settings)
+    specs = None
+    if settings.parameters == "sharded":
+        specs = parallel.shard_specs(state, mesh, at_least=64)
+    advance = training_run._advance(settings, parts, NOISE, jax.random.key(0), mesh, specs)
+    state, _ = advance(parallel.place(state, mesh, specs), 0, 0, 2)
+    logits = models.eval_logits(parts.exact_model.apply, state.params, state.model_state)
+    assert jnp.isfinite(logits(NOISE.image)).all()  # evaluation needs no axis
+    return numbers((state.params, state.model_state))
+
+
+@pytest.mark.parametrize("attack_mode", ["eval", "train"])
+def test_synchronised_batch_statistics_are_those_of_one_device(with_batch_norm, attack_mode):
+    one = trained(1, attack_mode=attack_mode)
+    together = trained(8, attack_mode=attack_mode, batch_statistics="synchronised")
+    np.testing.assert_allclose(together, one, atol=1e-5)
+    apart = trained(8, attack_mode=attack_mode)
+    assert np.abs(apart - one).max() > 1e-2
+    sharded = trained(8, attack_mode=attack_mode, parameters="sharded")
+    np.testing.assert_allclose(sharded, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", choices.MODELS)
+def test_batch_norm_of_every_model_can_be_synchronised(name):
+    settings = dataclasses.replace(PRESETS["paper"], model=name)
+    shape = (4000, 1) if name == "m5" else (32, 32, 3)
+    facts = choices.DataFacts(shape, 10, 100)
+    apart, together = (
+        training_run.module_of(settings, facts, jnp.float32, axis_name=axis)
+        for axis in (None, parallel.AXIS)
+    )
+    x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    params, model_state = jax.eval_shape(models.from_linen(apart).init, jax.random.key(0), x)
+    assert ("batch_stats" in model_state) == (together != apart)
+    if "batch_stats" not in model_state:
+        return
+    apply = models.from_linen(together).apply
+    jax.eval_shape(lambda *args: apply(*args, False, None), params, model_state, x)
+    with pytest.raises(NameError, match=parallel.AXIS):  # only training mode names the axis
+        jax.eval_shape(lambda *args: apply(*args, True, None), params, model_state, x)
+
+
+def test_norms_pulled_back_through_one_device_need_its_own_statistics(plain_calls):
+    one = {"norm_rule": "vjp", "oracle": "engm", "batch_statistics": "synchronised"}
+    with pytest.raises(ValueError, match=r"batch_statistics separate .*, got synchronised and rep"):
+        small(**one)
+    small(**one, parameters="sharded")
+
+
+def test_no_measure_depends_on_how_evaluation_is_batched(with_batch_norm):
+    found = []
+    for size in (1, 7, 100):
+        settings = small(test_batch_size=size, monitor=5, probe=4)
+        parts, state = built(settings)
+        splits = dict.fromkeys(("train", "validation", "test"), NOISE.subset(np.arange(21)))
+        measure = training_measures.make_measure(
+            settings, parts.objective, parts.exact_model, parts.threat, splits, jax.random.key(3),
+            parallel.device_mesh(),
+        )  # fmt: skip
+        found.append(measure(state))
+    logits = models.eval_logits(parts.exact_model.apply, state.params, state.model_state)
+    right = np.argmax(logits(NOISE.image[:21]), axis=1) == NOISE.label[:21]
+    assert found[0]["validation"]["clean"] == pytest.approx(right.mean())
+    for other in found[1:]:
+        assert other["validation"] == found[0]["validation"]
+        for split in ("monitor", "gradients"):
+            assert other[split] == pytest.approx(found[0][split], rel=1e-5)
+    assert batch_sizes.for_evaluation(7) == 8 and len(list(data.eval_batches(NOISE, 8))) == 6

@@ -70,6 +70,14 @@ def test_our_checkpoint(trained, tmp_path, capsys):
     assert "fgsm" in capsys.readouterr().out
     again = evaluate.main(parse(*words))
     assert again["robust_accuracy"] == result["robust_accuracy"]
+    # Batches of 10 are filled up to 16 on eight devices, and the last one is not full of examples.
+    other = evaluate.main(parse(*words[:-1], "--batch_size=10", f"--workdir={tmp_path / 'other'}"))
+    assert [a["broken"] for a in other["attacks"]] == [a["broken"] for a in result["attacks"]]
+    with (
+        np.load(tmp_path / "w" / "adversarial.npz") as a,
+        np.load(tmp_path / "other" / "adversarial.npz") as b,
+    ):
+        np.testing.assert_allclose(a["x_adv"], b["x_adv"], atol=1e-6)
     with pytest.raises(ValueError, match="already holds a run"):
         evaluate.main(parse(*words, "--noresume"))
     with pytest.raises(ValueError, match=r"holds a run with eps=0\.1, got eps=0\.2"):

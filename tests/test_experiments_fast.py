@@ -14,6 +14,7 @@ import pytest
 
 from experiments import (
     adversarial_training,
+    batch_sizes,
     catalogue,
     command_line,
     dry_run,
@@ -53,6 +54,7 @@ def test_dry_run(capsys, tmp_path):
         (("--epochs=7", "--evaluations=2"), r"epochs \(7\) must be divisible"),
         (("--eps=0",), "eps must be > 0, got 0"),
         (("--study=imagenet",), "study at small size"),
+        (("--batch_multiple=0",), "batch_multiple must be >= 1, got 0"),
         (("--preset=paper", "--study=start"), "study at paper size"),
     ],
 )
@@ -117,9 +119,45 @@ def test_stages_of_imagenet_go_on_from_each_other(tmp_path):
     assert [s.image_size for s in chain] == [128, 224, 288]
     assert [s.batch_size for s in chain] == [512, 180, 100]
     assert chain[0].start_from is None
+    sizes = {
+        multiple: [
+            job.settings.batch_size
+            for job in fast_published.placed_jobs(
+                parse("--preset=paper", "--seeds=1", f"--batch_multiple={multiple}"), "imagenet",
+                tmp_path,
+            )
+            if job.labels[:2] == ("FGSM + GradAlign", "6/255")
+        ]
+        for multiple in (8, 16, 1024)
+    }  # fmt: skip
+    assert sizes == {8: [512, 176, 96], 16: [512, 176, 96], 1024: [1024] * 3}
     for before, after in itertools.pairwise(chain):
         assert after.start_from == str(Path(before.workdir) / "madry")
         assert after.learning_rate == before.cycle_end
+
+
+@pytest.mark.parametrize("devices", [8, 16])
+def test_only_two_published_batches_do_not_divide_over_ordinary_devices(devices):
+    for study in fast_jobs.STUDIES:
+        refused = {
+            job.settings.batch_size
+            for job in fast_jobs.jobs_of(study, fast_jobs.BASE, 1)
+            if batch_sizes.misfit(job.settings.batch_size, devices)
+        }
+        assert refused == ({180, 100} if study == "imagenet" else set())
+        for job in fast_jobs.jobs_of(study, fast_jobs.BASE, 1, batch_multiple=devices):
+            batch_sizes.check_training(job.settings.batch_size, devices)
+
+
+def test_a_later_stage_is_refused_before_the_first_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "trained", None)
+    settings = parse("--preset=paper", "--seeds=1")
+    with pytest.raises(
+        ValueError,
+        match=r"batch_size of FGSM \+ GradAlign, 2/255, 224 \(180\) must be .* \(8\), as 176 and "
+        "184 are; --batch_multiple rounds it",
+    ):
+        fast_published.run_study(settings, "imagenet", tmp_path)
 
 
 def test_a_study_of_networks(tmp_path, monkeypatch, capsys):
