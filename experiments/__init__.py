@@ -4,4 +4,4 @@ import gc
 
 # Imports and traces make hundreds of thousands of objects that stay. Python 3.11 looks for garbage
 # among them after every 700 new ones, which takes a tenth of the time to the first step.
-gc.set_threshold(20_000, 10, 10)
+gc.set_threshold(100_000, 10, 10)
