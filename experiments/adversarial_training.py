@@ -101,9 +101,9 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def _opened(folder: str | Path, config: Mapping[str, Any], resume: bool) -> Path:
     """The folder of a run, which may have been started before some of the settings were there."""
-    return report.open_workdir(
-        folder, config, resume=resume, may_change=added_since(folder, config)
-    )
+    # The others must not look before the folder is there: a network file system remembers that.
+    added = added_since(folder, config) if report.is_writer() else ()
+    return report.open_workdir(folder, config, resume=resume, may_change=added)
 
 
 def _is_published_setting(settings: Settings) -> bool:

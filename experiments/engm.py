@@ -27,12 +27,9 @@ Source: Dabouei et al. (2022), "Revisiting outer optimization in adversarial tra
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
-import jax
-
-from experiments import command_line
+from experiments import command_line, launch
 from experiments.command_line import setting
 from experiments.engm_jobs import jobs_of
 from experiments.engm_published import base_of, published_landscape, run_study
@@ -142,6 +139,5 @@ def dry_run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    # Two perceptrons side by side are faster than one on two cores.
-    jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
+    launch.split_cpu()
     command_line.run(main, Settings, PRESETS, __doc__)

@@ -31,13 +31,12 @@ learning", chapter 2.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from experiments import command_line, fast_jobs, fast_studies
+from experiments import command_line, fast_jobs, fast_studies, launch
 from experiments.command_line import setting
 from experiments.fast_published import base_of, published_linearization, run_study
 from experiments.jobs import print_costs
@@ -176,7 +175,5 @@ def _print_single_layer(
 
 
 if __name__ == "__main__":
-    # Two networks side by side are faster than one on two cores.
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
+    launch.split_cpu()
     command_line.run(main, Settings, PRESETS, __doc__)

@@ -33,7 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import choices, command_line, fourier_figures, fourier_models, fourier_zoo
+from experiments import (
+    batch_sizes,
+    choices,
+    command_line,
+    fourier_figures,
+    fourier_models,
+    fourier_zoo,
+)
 from experiments.command_line import setting
 from robustjax import attacks, checks, data, keys, losses, models, parallel, training
 from robustjax.attacks.fourier import project_in_box, violation
@@ -358,6 +365,9 @@ def dry_run(settings: Settings) -> None:
         ["model", "architecture", "parameters", "FLOPs of the attacks"],
         rows,
     )
+    found = batch_sizes.misfit(settings.train_batch_size, name="train_batch_size")
+    if found is not None and not (settings.checkpoints or settings.torch_checkpoints):
+        report.print_lines(f"would be refused here: {found}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ adversarial robustness and optimization bias".
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from experiments import (
     implicit_studies,
     implicit_sweeps,
     implicit_theory,
+    launch,
 )
 from experiments.command_line import setting
 from experiments.implicit_networks import SmallNetworks
@@ -188,6 +188,5 @@ def _of_networks(settings: Settings) -> Settings:
 
 
 if __name__ == "__main__":
-    # Two networks side by side are faster than one on two cores.
-    jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
+    launch.split_cpu()
     command_line.run(main, Settings, PRESETS, __doc__)

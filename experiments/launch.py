@@ -78,8 +78,6 @@ def join(common: Any) -> None:
             jax.distributed.initialize(
                 **told,
                 local_device_ids=_devices_of_the_task(),
-                # Who is told everything needs no cluster, and would be given one GPU of Slurm's.
-                cluster_detection_method="deactivate" if None not in told.values() else None,
                 # Later than our own deadline: JAX ends a process that waits in vain by a crash.
                 initialization_timeout=common.join_timeout + 60,
                 heartbeat_timeout_seconds=common.heartbeat_timeout,
@@ -100,9 +98,11 @@ def _devices_of_the_task() -> list[int] | None:
     """
     if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         return None
+    # Before Slurm, in whose allocation it may run: so does JAX.
+    if (of_open_mpi := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")) is not None:
+        return [] if of_open_mpi == "1" else None
     tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
-    alone = tasks is not None and tasks == nodes
-    return [] if alone or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" else None
+    return [] if tasks is not None and tasks == nodes else None
 
 
 # Where a host keeps its data.
@@ -120,7 +120,8 @@ def check_settings(settings: Any) -> None:
     Raises:
       ValueError: they differ; on every process, with the first difference.
     """
-    if jax.process_count() == 1:
+    # Without asking for devices: who has none yet may still say how many there are to be.
+    if not jax.distributed.is_initialized():
         return
     own = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_DIFFER}
     text = np.frombuffer(json.dumps(own).encode(), np.uint8)
@@ -138,6 +139,15 @@ def check_settings(settings: Any) -> None:
                     f"all processes of a run must have the same flags, got {name}="
                     f"{first.get(name)!r} on process 0 and {other.get(name)!r} on process {process}"
                 )
+
+
+def split_cpu() -> None:
+    """Makes a CPU of up to four devices, one a core, unless ``JAX_NUM_CPU_DEVICES`` says how many.
+
+    Networks that are too small for several cores train side by side, one on each.
+    """
+    if not os.environ.get("JAX_NUM_CPU_DEVICES"):
+        jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
 
 
 @contextmanager

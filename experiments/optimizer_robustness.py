@@ -30,15 +30,13 @@ deep learning", chapter 4.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments import (
     command_line,
+    launch,
     optimizer_evaluation,
     optimizer_jobs,
     optimizer_spectra,
@@ -175,6 +173,5 @@ def dry_run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    # Two networks side by side are faster than one on two cores.
-    jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
+    launch.split_cpu()
     command_line.run(main, Settings, PRESETS, __doc__)

@@ -28,12 +28,9 @@ Source: Ma (2025), "Understanding adversarial robustness in deep learning", chap
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
-import jax
-
-from experiments import command_line, soar_jobs, soar_studies
+from experiments import command_line, launch, soar_jobs, soar_studies
 from experiments.command_line import setting
 from experiments.jobs import print_costs
 from experiments.soar_published import base_of, run_study
@@ -127,6 +124,5 @@ def dry_run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    # Two networks side by side are faster than one on two cores.
-    jax.config.update("jax_num_cpu_devices", max(1, min(4, len(os.sched_getaffinity(0)))))
+    launch.split_cpu()
     command_line.run(main, Settings, PRESETS, __doc__)

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import (
+    batch_sizes,
     choices,
     command_line,
     square_figures,
@@ -85,6 +86,7 @@ def main(settings: Settings) -> dict[str, Any] | None:
     config = dataclasses.asdict(settings)
     for name in ("study", "workdir", "resume", "dry_run", "data_dir"):
         del config[name]
+    _check_batches(settings)
     workdir = report.open_workdir(settings.workdir, config, resume=settings.resume)
     path = workdir / "results.json"
     results = _kept(path) if settings.resume else {}
@@ -101,6 +103,18 @@ def main(settings: Settings) -> dict[str, Any] | None:
         _print(study, settings, results[study])
     report.print_lines(f"results and figures: {settings.workdir}")
     return results
+
+
+def _check_batches(settings: Settings) -> None:
+    """Refuses now what would be refused when a study first needs its model."""
+    needed = {job.role for study in settings.study for job in jobs_of(study, settings)}
+    if "steps" in settings.study:
+        needed.add("robust")
+    for role in sorted(needed):
+        own = settings.training(role)
+        if own is not None:
+            name = f"train_batch_size of {getattr(settings, role)}"
+            batch_sizes.check_training(own.batch_size, name=name)
 
 
 def _kept(path: Path) -> dict[str, Any]:

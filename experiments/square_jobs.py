@@ -102,6 +102,9 @@ class Settings:
     which: str = setting("best", "their checkpoints", "models", choices=("best", "last"))
     epochs: int | None = setting(
         None, "of training here; None: those of the recipe", "models", unit="epochs")
+    train_batch_size: int | None = setting(
+        None, "global batch size of training here, divisible by the number of devices; None: that "
+        "of the recipe", "models", unit="examples")
     data_dir: str | None = setting(None, "where TFDS sets are prepared", "models")
     examples: int = setting(1000, "first examples of the test set", "attacks", unit="examples")
     robust_examples: int = setting(
@@ -154,6 +157,8 @@ class Settings:
         checks.integer("pgd_steps", self.pgd_steps)
         if self.epochs is not None:
             checks.integer("epochs", self.epochs, at_least=1)
+        if self.train_batch_size is not None:
+            checks.integer("train_batch_size", self.train_batch_size, at_least=1)
         checks.integer("seed", self.seed, at_most=2**32 - 1 - max(self.seeds, self.stability_seeds))
         for role in ("", "targeted_", "robust_"):
             for norm in ("linf", "l2"):
@@ -173,6 +178,7 @@ class Settings:
             objective=(ROLES[role],),
             epochs=epochs,
             eps_warmup=min(recipe.eps_warmup, epochs),
+            batch_size=self.train_batch_size or recipe.batch_size,
             data_dir=self.data_dir,
             seed=self.seed,
             workdir=f"{self.workdir}/models/{role}",

@@ -258,7 +258,11 @@ def _save_failed(folder: Path, error: training.NonFiniteLoss, indices: np.ndarra
                     manager.delete(step)
             checkpoint.save(manager, error.state)
             checkpoint.wait(manager)
+            kept = {f"step-{step}.json" for step in manager.all_steps()}
         if report.is_writer():
+            for record in folder.glob("step-*.json"):
+                if record.name not in kept:  # its state has gone
+                    record.unlink()
             report.write_json(
                 folder / f"step-{error.step}.json",
                 {"step": error.step, "error": str(error), "examples": found},

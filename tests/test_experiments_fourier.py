@@ -91,6 +91,9 @@ def test_a_dry_run_counts_and_computes_nothing(words, capsys, tmp_path):
         assert "36,479,194" in out and "runs/fourier_attack/models/madry" in out  # WRN-28-10
     else:
         assert all(name in out for name in fourier_attack.TRAININGS)
+    assert "refused" not in out
+    fourier_attack.main(parse("--dry_run", "--train_batch_size=100", f"--workdir={tmp_path / 'w'}"))
+    assert "refused here: train_batch_size (100)" in capsys.readouterr().out  # on eight devices
     assert not (tmp_path / "w").exists()
 
 

@@ -84,6 +84,10 @@ def test_a_variable_is_not_a_number(joined, monkeypatch):
         ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, None),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
+        (
+            {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"},
+            None,
+        ),
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
     ],
 )
@@ -93,9 +97,8 @@ def test_the_only_task_of_a_node_takes_all_its_gpus(joined, monkeypatch, variabl
         monkeypatch.setenv(name, value)
     joined(distributed=True)
     assert joined.told[0]["local_device_ids"] == expected
-    assert joined.told[0]["cluster_detection_method"] is None
     joined(coordinator_address="host0:1234", num_processes=4, process_id=3)
-    assert joined.told[0]["cluster_detection_method"] == "deactivate"
+    assert joined.told[0]["local_device_ids"] == expected
 
 
 SEES = """
@@ -128,6 +131,33 @@ def test_a_lone_task_of_slurm_sees_all_gpus(how, visible):
         env={**os.environ, **job}, cwd=Path(__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
     assert f"visible {visible} 1" in done.stdout, done.stdout + done.stderr
+
+
+ASKS_FOR_CPUS = """
+import dataclasses
+import jax
+from experiments import command_line
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    devices: int = command_line.setting(3, "how many", "run")
+
+def main(settings):
+    jax.config.update("jax_num_cpu_devices", settings.devices)
+    print("devices", jax.device_count())
+
+command_line.run(main, Settings, {"only": Settings()}, "")
+"""
+
+
+def test_an_entry_point_may_say_how_many_devices_there_are():
+    """Nothing has asked JAX for them before."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS_FOR_CPUS],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert "devices 3" in done.stdout, done.stdout + done.stderr
 
 
 def free_job():

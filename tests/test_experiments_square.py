@@ -59,6 +59,14 @@ def test_what_is_refused(words, message, plain_calls):
         parse(*words)
 
 
+def test_a_batch_that_does_not_fit_the_devices_is_refused_before_anything_is_trained(tmp_path):
+    words = ("--preset=paper", f"--workdir={tmp_path / 'w'}")
+    with pytest.raises(ValueError, match=r"train_batch_size of mnist \(50\) .*, as 48 and 56 are"):
+        square_attack.main(parse(*words))
+    assert not (tmp_path / "w").exists()
+    assert parse(*words, "--train_batch_size=48").training("robust").batch_size == 48
+
+
 def test_the_jobs_are_those_of_the_tables():
     paper = PRESETS["paper"]
     ablation = square_jobs.jobs_of("ablation", paper)

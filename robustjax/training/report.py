@@ -3,6 +3,7 @@
 Only the first process of a multi-host run writes.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -91,8 +92,8 @@ def open_workdir(
     return workdir
 
 
-# A network file system shows another host's new file at once, or after its cache has aged.
-SEEN_AFTER = 10.0  # seconds
+# How long another host's new file may take to be seen on a network file system.
+SEEN_AFTER = 15.0  # seconds
 
 
 def _seen_by_all(workdir: Path) -> None:
@@ -100,14 +101,20 @@ def _seen_by_all(workdir: Path) -> None:
     number = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))
     mark = workdir / f".seen-{number}.partial"
     if is_writer():
-        mark.touch()
+        with contextlib.suppress(OSError):  # it is not seen then, by anyone
+            mark.touch()
     multihost_utils.sync_global_devices("marked")
-    until = time.monotonic() + SEEN_AFTER
-    while not (seen := mark.exists()) and time.monotonic() < until:
-        time.sleep(0.1)
+    until, seen = time.monotonic() + SEEN_AFTER, False
+    while not seen and time.monotonic() < until:
+        # What was not there before is remembered as missing, until its folder is read again.
+        for folder in (workdir.parent, workdir):
+            with contextlib.suppress(OSError):
+                seen = mark.name in os.listdir(folder)
+        if not seen:
+            time.sleep(0.1)
     blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)))
     if is_writer():
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     if blind.size:
         raise ValueError(
             f"workdir {workdir} must be one folder that all processes see; what process 0 writes "
