@@ -112,7 +112,7 @@ def _check_batches(settings: Settings) -> None:
         needed.add("robust")
     for role in sorted(needed):
         own = settings.training(role)
-        if own is not None:
+        if own is not None and not square_studies.is_trained(own):
             name = f"train_batch_size of {getattr(settings, role)}"
             batch_sizes.check_training(own.batch_size, name=name)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from experiments import adversarial_training, batch_sizes, choices, trained_models
 from experiments.square_jobs import Job, Settings
+from experiments.training_settings import Settings as TrainingSettings
 from robustjax import data, keys, theory
 from robustjax.attacks import square
 from robustjax.benchmark import BatchedFunction, ChunkedAttack
@@ -61,6 +62,11 @@ class Outcome(NamedTuple):
     size: np.ndarray
 
 
+def is_trained(training: TrainingSettings) -> bool:
+    """Whether the run of these settings has ended."""
+    return (Path(training.workdir) / training.objective[0] / "results.json").exists()
+
+
 class Runner:
     """Runs jobs; models are trained or read, and attacks compiled, once."""
 
@@ -95,7 +101,7 @@ class Runner:
         else:
             folder = f"{training.workdir}/{training.objective[0]}"
             trained_models.evaluation_set(training, "test", wanted)  # or its error, before training
-            if not (Path(folder) / "results.json").exists():
+            if not is_trained(training):
                 adversarial_training.main(training)
         trained = trained_models.load(folder, settings.which, data_dir=settings.data_dir)
         test = trained_models.evaluation_set(trained.settings, "test", wanted)

@@ -65,6 +65,12 @@ def test_a_batch_that_does_not_fit_the_devices_is_refused_before_anything_is_tra
         square_attack.main(parse(*words))
     assert not (tmp_path / "w").exists()
     assert parse(*words, "--train_batch_size=48").training("robust").batch_size == 48
+    for role in square_jobs.ROLES:  # who has been trained is asked no more
+        own = parse(*words).training(role)
+        folder = tmp_path / "w" / "models" / role / own.objective[0]
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+    square_attack._check_batches(parse(*words))
 
 
 def test_the_jobs_are_those_of_the_tables():
